@@ -1,0 +1,1 @@
+"""Structured attention for video diffusion transformers."""
