@@ -1,1 +1,29 @@
-"""Structured attention for video diffusion transformers."""
+"""Structured attention for video diffusion transformers, in JAX."""
+
+from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
+
+from .certificate import attention_gap
+from .dense import dense_attention
+from .grid import VideoGrid
+from .methods import Attention, Dense, TiledMonarch, VMonarch
+from .parts import Part, merge_attention
+from .sequence import monarch_attention
+from .video import tiled_monarch_attention, vmonarch_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "BlockSizes",
+    "Dense",
+    "Part",
+    "TiledMonarch",
+    "VMonarch",
+    "VideoGrid",
+    "attention_gap",
+    "dense_attention",
+    "merge_attention",
+    "monarch_attention",
+    "tiled_monarch_attention",
+    "vmonarch_attention",
+]

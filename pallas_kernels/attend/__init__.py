@@ -1,0 +1,9 @@
+"""Softmax attention of groups of rows, with its log-sum-exp.
+
+    x[g,n,s]   = scale * q[g,n] . k[g,s] + bias[g,s]        (masked keys left out)
+    lse[g,n]   = logsumexp_s x
+    out[g,n]   = sum_s exp(x - lse) values[g,s]             (for each array of `values`)
+
+The R step of Monarch attention is this with a group a key block, the mean queries as rows and
+`[K, V]` as values; dense rows are this with a group a head.
+"""

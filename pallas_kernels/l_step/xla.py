@@ -1,0 +1,108 @@
+"""The L step on any device: a chunk of positions, or of rows, at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..attend.xla import attend
+from ..block_sizes import BlockSizes
+from ..chunks import map_chunks
+from ..numerics import MASKED, TINY_MASS, accumulator, precision
+
+
+def last(
+    q: Float[Array, "m b d"],
+    al: Float[Array, "M b d"],
+    cl: Float[Array, "M b"],
+    y: Float[Array, "M b e"],
+    *,
+    key_blocks: Bool[Array, " M"] | None = None,
+    block_sizes: BlockSizes,
+) -> tuple[Float[Array, "m b e"], Float[Array, "m b"]]:
+    """`(out, lse)`: for each position, attention of the rows `l` on the key blocks `k`."""
+    q, al, y = (x.swapaxes(0, 1) for x in (q, al, y))
+    mask = None if key_blocks is None else jnp.broadcast_to(key_blocks, al.shape[:2])
+    (out,), lse = attend(q, al, (y,), scale=1.0, bias=-cl.T, mask=mask, block_sizes=block_sizes)
+    return out.swapaxes(0, 1), lse.T
+
+
+def middle(
+    q: Float[Array, "m b d"],
+    al: Float[Array, "M b d"],
+    cl: Float[Array, "M b"],
+    *,
+    floor: float,
+    queries: Bool[Array, "m b"] | None = None,
+    key_blocks: Bool[Array, " M"] | None = None,
+    block_sizes: BlockSizes,
+) -> Float[Array, "M b d"]:
+    """The mean queries `qt` of the next iteration, in float32.
+
+    While the rows and key blocks of one position fit the budget, chunks of positions are
+    computed in one go. Beyond it the sum over `l` would need every row of L at once, so the
+    rows' log-sum-exp is found first and then chunks of key blocks are summed: twice the dot
+    products, nothing quadratic, no running state.
+    """
+    budget = block_sizes.scores()
+    rows, blocks = q.shape[0], al.shape[0]
+    q, al, cl = q.swapaxes(0, 1), al.swapaxes(0, 1), cl.T
+    queries = None if queries is None else queries.T
+    floor = max(floor, TINY_MASS)
+    if rows * blocks <= budget:
+        chunk = functools.partial(_middle_chunk, floor=floor, key_blocks=key_blocks)
+        qt = map_chunks(chunk, budget // (rows * blocks), q, al, cl, queries)
+        return qt.swapaxes(0, 1)
+
+    mask = None if key_blocks is None else jnp.broadcast_to(key_blocks, cl.shape)
+    _, lse = attend(q, al, (), scale=1.0, bias=-cl, mask=mask, block_sizes=block_sizes)
+
+    def one_position(position):
+        q, al, cl, queries, lse = position
+
+        def some_blocks(al, cl, key_blocks):
+            f = _dot("ld,kd->lk", q, al) - cl
+            if key_blocks is not None:
+                f = jnp.where(key_blocks, f, MASKED)
+            weights = _drop(jnp.exp(f - lse[:, None]), queries, key_blocks)
+            return _mean_queries(weights[None], q[None], floor)[0]
+
+        return map_chunks(some_blocks, budget // rows, al, cl, key_blocks)
+
+    if key_blocks is not None:
+        # exp(masked - (-inf)) would be inf where no key block is left at all.
+        lse = jnp.where(key_blocks.any(), lse, 0)
+    return jax.lax.map(one_position, (q, al, cl, queries, lse)).swapaxes(0, 1)
+
+
+def _dot(formula, x, y):
+    exact = precision(x.dtype)
+    return jnp.einsum(formula, x, y, precision=exact, preferred_element_type=accumulator(x.dtype))
+
+
+def _middle_chunk(q, al, cl, queries, *, floor, key_blocks):
+    f = _dot("jld,jkd->jlk", q, al) - cl[:, None, :]
+    if key_blocks is not None:
+        f = jnp.where(key_blocks, f, MASKED)
+    top = jax.lax.stop_gradient(f.max(-1, keepdims=True))
+    p = jnp.exp(f - top)
+    weights = _drop(p / p.sum(-1, keepdims=True), queries, key_blocks)
+    return _mean_queries(weights, q, floor)
+
+
+def _drop(weights, queries, key_blocks):
+    """Weights of real rows on real key blocks; zero elsewhere."""
+    if key_blocks is not None:
+        weights = jnp.where(key_blocks, weights, 0)
+    if queries is not None:
+        weights = jnp.where(queries[..., None], weights, 0)
+    return weights
+
+
+def _mean_queries(weights, q, floor):
+    cr = weights.sum(-2)
+    # Weights and queries in float32: a mean of queries feeds another iteration, and this
+    # product is small beside the R step's.
+    total = _dot("jlk,jld->jkd", weights, q.astype(weights.dtype))
+    return total / jnp.maximum(cr, floor)[..., None]

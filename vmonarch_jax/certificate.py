@@ -1,0 +1,85 @@
+"""The certificate: how far an approximate row is from the dense one, exactly."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from . import checks
+from .dispatch import Implementation, dispatch
+from .grid import Shape3, VideoGrid
+from .heads import dense_part, heads_major
+
+
+def attention_gap(
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    lse: Float[Array, "batch seq heads"],
+    *,
+    grid: VideoGrid | Shape3 | None = None,
+    scale: float | None = None,
+    rows: Int[Array, " rows"] | None = None,
+    key_mask: Bool[Array, "batch keys"] | None = None,
+    implementation: Implementation = None,
+    block_sizes: Any = None,
+) -> Float[Array, "batch rows heads"]:
+    """KL divergence of each approximate attention row from its dense row, in nats.
+
+        KL(approximate row || dense row) = lse_dense - lse
+
+    This is an identity, not an estimate: it holds for Monarch attention of any block, tile,
+    steps and floor, and after merging. By Pinsker's inequality the total variation is at most
+    `sqrt(KL / 2)`, so no entry of the output is further from the dense one than
+    `2 sqrt(KL / 2) max|value|`.
+
+    Args:
+        query: `[batch, seq, heads, head_dim]`, as given to the attention.
+        key: `[batch, keys, heads, head_dim]`.
+        lse: `[batch, seq, heads]`, what the attention returned with `return_lse=True`.
+        grid: where given, must have `seq` tokens.
+        scale: of the logits; `None`: `head_dim**-0.5`.
+        rows: token indices of the rows to check, each in `-seq..seq-1`; `None`: all. The cost
+            is a dense pass over these rows.
+        key_mask: `[batch, keys]`, True where the dense row attends to a key.
+        implementation: as `vm.dense_attention`.
+        block_sizes: a `vm.BlockSizes`; changes the speed only.
+
+    Returns:
+        `[batch, rows, heads]`, float32, never negative: rounding below zero is set to zero.
+
+    Raises:
+        ValueError: if shapes, dtypes or options are wrong.
+
+    Example:
+        >>> out, lse = vm.vmonarch_attention(q, k, v, grid=grid, return_lse=True)
+        >>> kl = vm.attention_gap(q, k, lse, grid=grid, rows=jnp.arange(0, grid.tokens, 97))
+    """
+    query, key, _ = checks.attention_inputs(query, key, key, same_length=grid is not None)
+    if grid is not None:
+        checks.grid_of(grid, query.shape[1])
+    lse = jnp.asarray(lse)
+    if lse.shape != query.shape[:3]:
+        raise ValueError(
+            f"`lse` must be [batch, seq, heads] = {query.shape[:3]}, got {lse.shape}"
+        )
+    if rows is not None:
+        rows = jnp.asarray(rows)
+        if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise ValueError(
+                f"`rows` must be a 1-D array of token indices, got {rows.dtype} {rows.shape}"
+            )
+        query, lse = query[:, rows], lse[:, rows]
+    key_mask = checks.mask_of("key_mask", key_mask, key.shape[0], key.shape[1])
+    scale = checks.scale_of(scale, query.shape[-1])
+    block_sizes = checks.block_sizes_of(block_sizes)
+
+    def call(backend):
+        q, k = heads_major(query), heads_major(key)
+        # The output is not used, so its product is dropped by the compiler.
+        return dense_part(
+            q, k, k[..., :1], key_mask, scale=scale, backend=backend, block_sizes=block_sizes
+        )
+
+    dense = dispatch(implementation, call).lse.swapaxes(1, 2)
+    # A row without any key is right as it is: -inf - (-inf) would be NaN.
+    return jnp.where(dense == lse, 0, jnp.maximum(dense - lse, 0))
