@@ -1,4 +1,4 @@
-"""Lists the packages of the three code folders, and every file in them; the rest is in pyproject.toml."""
+"""The packages of the three code folders, and every file in them; pyproject.toml has the rest."""
 
 import os
 from pathlib import Path

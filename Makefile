@@ -1,0 +1,52 @@
+# make demo and make test need Python 3.11 or newer and make; all else they set up in .venv.
+# Other names: make PYTHON=/path/to/python3, VENV=folder, JOBS=parallel test processes.
+
+SHELL := /bin/sh
+PYTHON ?=
+VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+RUN := $(VENV)/bin
+TEST_ENV := JAX_PLATFORMS=cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
+PYTEST := -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-newest test-slow lint format setup clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
+
+demo: setup ## sample videos with dense and Monarch attention; writes out/demo/
+	$(RUN)/vmonarch demo
+
+test: lint ## lint, types, and the fast tests
+	$(TEST_ENV) $(RUN)/python $(PYTEST)
+
+test-slow: setup ## the tests that `make test` leaves out
+	$(TEST_ENV) $(RUN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-newest: ## the fast tests on the newest JAX, under the newest Python here
+	@newest=$$(./scripts/find_python.sh newest 2>/dev/null) || { \
+	    echo "test-newest: skipped, no Python 3.12 or newer here (JAX after 0.10 needs it)"; exit 0; }; \
+	"$$newest" scripts/setup_env.py $(VENV_NEWEST) && \
+	$(VENV_NEWEST)/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])" && \
+	$(TEST_ENV) $(VENV_NEWEST)/bin/python $(PYTEST)
+
+lint: setup ## ruff and pyright
+	$(RUN)/ruff check
+	$(RUN)/ruff format --check
+	$(RUN)/python scripts/typecheck.py
+
+format: setup ## let ruff mend what it can
+	$(RUN)/ruff check --fix
+	$(RUN)/ruff format
+
+setup: ## the environment in .venv, made or renewed only where needed
+	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
+	"$$python" scripts/setup_env.py "$(VENV)"
+
+clean: ## remove everything that was made here: environments, outputs, caches
+	rm -rf .venv .venv-newest .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find vmonarch_jax pallas_kernels models tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

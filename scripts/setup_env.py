@@ -1,0 +1,117 @@
+"""Make or renew a virtual environment with the project in it: `python setup_env.py .venv`.
+
+Standard library only. The environment counts as ready when the stamp in it holds the digest of
+what it was made from; the stamp goes first and comes back last, so that an interrupted run leaves
+an environment that the next run makes anew. A folder that this script did not make is left alone.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = "video,notebook,dev"
+# What a package installer prints when it cannot reach the network.
+NO_NETWORK = (
+    "NewConnectionError",
+    "Temporary failure in name resolution",
+    "Name or service not known",
+    "Network is unreachable",
+    "ConnectTimeoutError",
+    "ReadTimeoutError",
+    "nodename nor servname",
+    "ProxyError",
+)
+SHOWN = ("Collecting", "Downloading", "Building", "Installing", "Successfully", "ERROR", "error")
+
+
+def digest(constraints: Path | None) -> str:
+    """What the environment is made from, as one string."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    built_from = project["build-system"], project["project"]
+    state = hashlib.sha256(repr((sys.version, sys.executable, ROOT, EXTRAS, built_from)).encode())
+    for file in (ROOT / "setup.py", Path(__file__), constraints):
+        if file:
+            state.update(file.read_bytes())
+    return state.hexdigest()
+
+
+def run(command: list[str], log: Path) -> bool:
+    """Run a command, write all it prints to a log, show its progress lines."""
+    env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+    )
+    assert process.stdout is not None
+    with log.open("a") as out:
+        for line in process.stdout:
+            out.write(line)
+            if line.lstrip().startswith(SHOWN):
+                print("  " + line.strip()[:110], flush=True)
+    return process.wait() == 0
+
+
+def explain(log: Path) -> str:
+    """Why the last command failed, in words, as far as its log tells."""
+    text = log.read_text()
+    if any(sign in text for sign in NO_NETWORK):
+        return "The package registry could not be reached: no network, or a proxy is missing."
+    if "No space left on device" in text:
+        return "The disk is full; the environment needs about 2 GB."
+    tail = "\n".join("  " + line for line in text.splitlines()[-15:])
+    return f"The installer's last lines:\n{tail}"
+
+
+def main(folder: str) -> str | None:
+    """Returns None, or why there is no environment."""
+    venv = Path(folder).resolve()
+    stamp, mark, log = venv / ".ready", venv / ".made-by-setup-env", venv / "setup.log"
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    constraints = ROOT / "constraints" / f"py{version.replace('.', '')}.txt"
+    pins = constraints if constraints.exists() else None
+    wanted = digest(pins)
+    if stamp.exists() and stamp.read_text() == wanted:
+        stamp.touch()
+        return None
+    if venv.exists() and not mark.exists() and any(venv.iterdir()):
+        return f"{venv} exists but was not made by this project; move it away, or make VENV=other"
+
+    started = time.monotonic()
+    shutil.rmtree(venv, ignore_errors=True)
+    venv.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    print(f"Setting up {venv.name} with Python {version} (a minute or a few) ...", flush=True)
+    if not run([sys.executable, "-m", "venv", str(venv)], log):
+        return f"Python's venv module failed.\n{explain(log)}"
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    pip = [str(python), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
+    pip += ["--retries", "3", "--timeout", "30"]
+    if pins:
+        pip += ["-c", str(pins)]
+    else:
+        print(f"  no tested versions for Python {version}: taking the newest that fit", flush=True)
+    # The build tools come first, so that they too are the tested ones.
+    builds = [*pip, "setuptools>=77", "wheel"]
+    project = [*pip, "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS}]"]
+    if not (run(builds, log) and run(project, log)):
+        return f"The packages could not be installed (log: {log}).\n{explain(log)}"
+    stamp.write_text(wanted)
+    print(f"  {venv.name} is ready after {time.monotonic() - started:.0f} s", flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: setup_env.py FOLDER")
+    problem = main(sys.argv[1])
+    sys.exit(f"\nsetup: {problem}" if problem else 0)
