@@ -27,7 +27,7 @@ NO_NETWORK = (
     "nodename nor servname",
     "ProxyError",
 )
-SHOWN = ("Collecting", "Downloading", "Building", "Installing", "Successfully", "ERROR", "error")
+SHOWN = ("Collecting", "Building", "Installing", "ERROR", "error")
 
 
 def digest(constraints: Path | None) -> str:
@@ -57,7 +57,7 @@ def run(command: list[str], log: Path) -> bool:
         for line in process.stdout:
             out.write(line)
             if line.lstrip().startswith(SHOWN):
-                print("  " + line.strip()[:110], flush=True)
+                print("  " + line.strip().split(" (from")[0][:90], flush=True)
     return process.wait() == 0
 
 
@@ -113,5 +113,8 @@ def main(folder: str) -> str | None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: setup_env.py FOLDER")
-    problem = main(sys.argv[1])
+    try:
+        problem = main(sys.argv[1])
+    except KeyboardInterrupt:
+        problem = "interrupted; the next run starts anew"
     sys.exit(f"\nsetup: {problem}" if problem else 0)

@@ -33,12 +33,18 @@ def run(*command, cwd, **env):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from the source archive, which is built from a copy of the project's files."""
+def source(tmp_path_factory):
+    """A copy of the project's files, and of nothing that was built among them."""
     source = tmp_path_factory.mktemp("source")
     for name in files():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """Built from the source archive, which is built from the copy."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source)
     assert len(list(out.glob("*.tar.gz"))) == 1
@@ -46,18 +52,18 @@ def wheel(tmp_path_factory):
     return built
 
 
-def expected_contents() -> dict[str, Path]:
+def expected_contents(source: Path) -> dict[str, Path]:
     """Each path in the wheel, and the file of the tree that it is a copy of."""
     return {
-        str(Path(package.replace(".", "/")) / Path(name).relative_to(folder)): ROOT / name
+        str(Path(package.replace(".", "/")) / Path(name).relative_to(folder)): source / name
         for package, folder in ROOMS.items()
         for name in files()
         if name.startswith(folder + "/")
     }
 
 
-def test_wheel_holds_the_tree(wheel):
-    expected = expected_contents()
+def test_wheel_holds_the_tree(source, wheel):
+    expected = expected_contents(source)
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         assert len(names) == len(set(names))
