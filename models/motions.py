@@ -28,6 +28,8 @@ MOTIONS = (
     "sprite",
 )
 _PAN = {"pan_left": (0, 1), "pan_right": (0, -1), "pan_up": (1, 0), "pan_down": (-1, 0)}
+#: Height of the subject where it is not the middle: the astronaut's face is near the top.
+_SUBJECT_Y = {"astronaut": 0.42}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +55,16 @@ def render(photo: Pyramid, view: View, size: int) -> Float[np.ndarray, "size siz
 def _views(motion: str, photo: Pyramid, frames: int, rng: np.random.Generator) -> list[View]:
     """Draws a path of the camera that shows `motion` and stays near the photograph's middle."""
     progress = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
-    side = rng.uniform(0.6, 0.75)
+    side = rng.uniform(0.66, 0.78)
     # the middle of the photograph is where its subject is: a large, recognisable part stays in view
-    y = photo.height / 2 + rng.uniform(-0.06, 0.06)
-    x = photo.width / 2 + rng.uniform(-0.1, 0.1)
+    y = photo.height * _SUBJECT_Y.get(photo.name, 0.5) + rng.uniform(-0.04, 0.04)
+    x = photo.width / 2 + rng.uniform(-0.08, 0.08)
     if motion in _PAN:
-        travel = rng.uniform(0.3, 0.4)
+        travel = rng.uniform(0.28, 0.38)
         dy, dx = (travel * sign for sign in _PAN[motion])
         return [View(y + dy * p, x + dx * p, side) for p in progress]
     if motion in ("zoom_in", "zoom_out"):
-        ratio = rng.uniform(1.6, 2.0) ** (-1 if motion == "zoom_in" else 1)
+        ratio = rng.uniform(1.6, 1.9) ** (-1 if motion == "zoom_in" else 1)
         return [View(y, x, side * ratio**p) for p in progress]
     if motion in ("rotate_cw", "rotate_ccw"):
         turn = np.deg2rad(rng.uniform(45, 75)) * (1 if motion == "rotate_cw" else -1)

@@ -1,0 +1,140 @@
+"""Small checkpoints of averaged weights, for shipping and for starting from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array
+
+import vmonarch_jax as vm
+
+from .config import VideoDiTConfig
+from .dit import VideoDiT
+from .layers import AttentionMethod
+from .params import Params, check_params, split_params
+
+_FORMAT = "vmonarch-video-dit-1"
+
+
+def _digest(params: Mapping[str, Array]) -> str:
+    """SHA-256 over names and raw values: storage formats do not always check what they read."""
+    total = hashlib.sha256()
+    for name in sorted(params):
+        total.update(name.encode())
+        total.update(np.asarray(params[name]).tobytes())
+    return total.hexdigest()
+
+
+def export_params(
+    folder: pathlib.Path,
+    config: VideoDiTConfig,
+    params: Mapping[str, Array],
+    *,
+    note: str = "",
+) -> None:
+    """Writes parameters as bfloat16: `folder/config.json` and `folder/params/`.
+
+    All of it is written beside `folder` first and renamed at the end, replacing what was there.
+
+    Args:
+      folder: where to.
+      config: the model's configuration.
+      params: from `split_params`, or the averaged ones of a training state.
+      note: kept in the file for people to read, such as the attention it was trained under.
+    """
+    folder = pathlib.Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    small = {name: jnp.asarray(value, jnp.bfloat16) for name, value in params.items()}
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "params", small)
+        meta = {
+            "format": _FORMAT,
+            "config": dataclasses.asdict(config),
+            "note": note,
+            "sha256": _digest(small),
+        }
+        (partial / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_params(folder: pathlib.Path) -> tuple[VideoDiTConfig, Params]:
+    """Returns the configuration and the parameters, in float32.
+
+    Raises:
+      ValueError: a file is missing or damaged, or the two do not fit each other; the message says
+        which file, what was expected and what was got.
+    """
+    folder = pathlib.Path(folder).absolute()
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the configuration of an exported model, got no file")
+    try:
+        meta = json.loads(path.read_text())
+        found = meta["format"]
+        if found != _FORMAT:
+            raise ValueError(f"{path}: expected format {_FORMAT!r}, got {found!r}")
+        config = VideoDiTConfig(**meta["config"])
+        digest = meta["sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the configuration of an exported model, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
+    arrays = folder / "params"
+    if not arrays.is_dir():
+        raise ValueError(f"{arrays}: expected a folder of arrays, got none")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = dict(checkpointer.restore(arrays))
+    except Exception as error:  # orbax and its storage raise many kinds; all mean the same here
+        lines = str(error).splitlines() or [""]
+        raise ValueError(
+            f"{arrays}: expected a complete set of arrays, got {type(error).__name__}: {lines[0]}"
+        ) from error
+    expected = nnx.eval_shape(lambda: VideoDiT(config, rngs=nnx.Rngs(0)))
+    check_params(params, split_params(expected)[1], arrays)
+    if _digest(params) != digest:
+        raise ValueError(f"{arrays}: expected values of SHA-256 {digest}, got {_digest(params)}")
+    return config, {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+
+
+def load_model(
+    folder: pathlib.Path,
+    *,
+    attention: AttentionMethod | Sequence[AttentionMethod] = vm.Dense(),  # noqa: B008 (frozen)
+    **overrides: object,
+) -> VideoDiT:
+    """Returns an exported model under any attention method.
+
+    Args:
+      folder: what `export_params` wrote.
+      attention: the method, or one a layer.
+      **overrides: fields of the configuration that leave the parameters alone: `dtype`,
+        `scan_layers`, `remat`.
+
+    Raises:
+      ValueError: as `load_params`, and for an override that would change a parameter's shape.
+    """
+    config, params = load_params(folder)
+    config = dataclasses.replace(config, **overrides)
+    model = VideoDiT(config, attention=attention, rngs=nnx.Rngs(0))
+    rebuild, expected = split_params(model)
+    check_params(params, expected, folder)
+    return rebuild(params)

@@ -1,0 +1,91 @@
+"""The parts of the transformer: attention with an injected method, MLP and adaLN block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+import vmonarch_jax as vm
+
+from .config import VideoDiTConfig
+from .rope import apply_rope
+
+#: Called as `method(q, k, v, grid=grid)` with arrays `[batch, seq, heads, head_dim]`.
+AttentionMethod = Callable[..., Array]
+
+_NORM_EPS = 1e-6  # keeps the variance of a constant token away from zero
+
+
+def layer_norm(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"]:
+    """Layer norm without weights, in float32: the modulation that follows has them."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPS)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention: QK-norm, 3-D RoPE, then whatever method it is handed."""
+
+    def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs) -> None:
+        dim, dtype = config.dim, config.compute_dtype
+        self.heads = config.heads
+        self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        # RMS norm of each head keeps the logits bounded, which lets the learning rate be large
+        self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=_NORM_EPS, dtype=jnp.float32, rngs=rngs)
+        self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=_NORM_EPS, dtype=jnp.float32, rngs=rngs)
+        self.out = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq dim"],
+        angles: Float[Array, "seq half_dim"],
+        attention: AttentionMethod,
+        grid: vm.VideoGrid,
+    ) -> Float[Array, "batch seq dim"]:
+        q, k, v = einops.rearrange(
+            self.qkv(x), "z n (three h d) -> three z n h d", three=3, h=self.heads
+        )
+        q = apply_rope(self.q_norm(q), angles).astype(v.dtype)
+        k = apply_rope(self.k_norm(k), angles).astype(v.dtype)
+        out = attention(q, k, v, grid=grid)
+        return self.out(einops.rearrange(out, "z n h d -> z n (h d)"))
+
+
+class Block(nnx.Module):
+    """One transformer block under adaptive layer norm (adaLN).
+
+    Formula, with `(s1, c1, g1, s2, c2, g2) = shared modulation + this block's own bias`:
+    `x += g1 * attention(norm(x) * (1 + c1) + s1)`, then `x += g2 * mlp(norm(x) * (1 + c2) + s2)`.
+    The modulation network is shared by all blocks, as in PixArt and Wan, so the parameters go
+    into the blocks' matmuls.
+    """
+
+    def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs) -> None:
+        dim, dtype = config.dim, config.compute_dtype
+        self.modulation = nnx.Param(jnp.zeros((6, dim)))
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.mlp_in = nnx.Linear(dim, config.mlp_ratio * dim, dtype=dtype, rngs=rngs)
+        self.mlp_out = nnx.Linear(config.mlp_ratio * dim, dim, dtype=dtype, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq dim"],
+        shared: Float[Array, "batch 6 dim"],
+        angles: Float[Array, "seq half_dim"],
+        attention: AttentionMethod,
+        grid: vm.VideoGrid,
+    ) -> Float[Array, "batch seq dim"]:
+        parts = jnp.split(shared + self.modulation[...], 6, axis=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
+        # the residual stream stays float32: small updates must not be lost in bfloat16
+        x = x + gate1 * self.attention(h, angles, attention, grid).astype(jnp.float32)
+        h = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
+        h = self.mlp_out(jax.nn.gelu(self.mlp_in(h)))
+        return x + gate2 * h.astype(jnp.float32)

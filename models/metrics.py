@@ -1,0 +1,79 @@
+"""Training metrics: a CSV that survives restarts, and a plot of it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg", force=False)
+from matplotlib import pyplot as plt  # noqa: E402 (the backend must be chosen first)
+
+
+class MetricsCSV:
+    """Appends one row a step to a CSV file.
+
+    Args:
+      path: the file; made, with its folder and header, if it is not there.
+      fields: columns after `step`.
+      step: step that training goes on from. Rows of later steps are what a killed run wrote after
+        its last checkpoint: they are dropped, because those steps are about to be run again.
+    """
+
+    def __init__(self, path: pathlib.Path, fields: Iterable[str], step: int = 0) -> None:
+        self.path = pathlib.Path(path)
+        self.fields = ("step", *fields)
+        kept = [row for row in read_csv(self.path) if int(row["step"]) <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        os.replace(partial, self.path)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one row; the file is closed again, so a kill loses nothing."""
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            writer.writerow({"step": step} | {k: f"{v:.6g}" for k, v in values.items()})
+
+
+def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the complete rows of a metrics file; none if there is no file.
+
+    A row that a kill cut short lacks its last columns and is left out.
+    """
+    if not pathlib.Path(path).exists():
+        return []
+    with pathlib.Path(path).open(newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row.values()) and row["step"].isdigit()]
+
+
+def plot_losses(curves: Mapping[str, pathlib.Path], out: pathlib.Path) -> None:
+    """Draws the loss of each metrics file, raw and smoothed, into one PNG.
+
+    Args:
+      curves: name of each curve and its CSV.
+      out: the picture.
+    """
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for n, (name, path) in enumerate(curves.items()):
+        rows = read_csv(path)
+        if not rows:
+            continue
+        step = np.array([int(row["step"]) for row in rows])
+        loss = np.array([float(row["loss"]) for row in rows])
+        window = max(1, len(loss) // 30)
+        smooth = np.convolve(loss, np.ones(window) / window, "valid")
+        axes.plot(step, loss, color=f"C{n}", alpha=0.2, linewidth=0.7)
+        axes.plot(step[window - 1 :], smooth, color=f"C{n}", label=name)
+    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(out, dpi=150)
+    plt.close(figure)

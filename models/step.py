@@ -1,0 +1,150 @@
+"""One step of training: loss, gradient, optimizer and moving average."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from .dit import VideoDiT
+from .flow import FlowConfig, flow_loss
+from .params import Params, split_params
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the outcome of a run, beside the model's configuration.
+
+    Attributes:
+      steps: optimizer steps; the cosine ends at zero after them.
+      batch_size: videos a step.
+      learning_rate: peak learning rate.
+      warmup_steps: steps of the linear rise to it.
+      weight_decay: of matrices; vectors, norms and modulation have none.
+      clip_norm: global norm that gradients are clipped to.
+      beta2: of Adam; 0.99 forgets the first, wild steps of a short run.
+      ema_decay: of the moving average, once it is warm.
+      seed: of the initial weights, the data, the times and the noise.
+      save_every: steps between checkpoints.
+      keep: checkpoints that are kept, the newest ones.
+      flow: how times and noise are drawn.
+
+    Raises:
+      ValueError: a field is out of range.
+    """
+
+    steps: int = 1200
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    beta2: float = 0.99
+    ema_decay: float = 0.99
+    seed: int = 0
+    save_every: int = 100
+    keep: int = 2
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.flow, dict):  # as it comes back from JSON
+            object.__setattr__(self, "flow", FlowConfig(**self.flow))
+        for name in ("steps", "batch_size", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        for name in ("beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected {name} in [0, 1), got {getattr(self, name)}")
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step."""
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    optimizer: optax.OptState
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, then half a cosine down to zero at the last step."""
+    warmup = min(config.warmup_steps, config.steps - 1)
+    return optax.schedules.warmup_cosine_decay_schedule(
+        0.0 if warmup else config.learning_rate, config.learning_rate, warmup, config.steps
+    )
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=lambda params: {name: name.endswith("kernel") for name in params},
+        ),
+    )
+
+
+def init_state(params: Params, config: TrainConfig) -> TrainState:
+    """Returns the state before the first step; the average starts at the parameters."""
+    # the two must not share buffers, because a step donates the whole state
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.int32(0), params, ema, optimizer(config).init(params))
+
+
+def make_step(
+    model: VideoDiT, config: TrainConfig
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """Returns the compiled step, `(state, batch) -> (state, metrics)`.
+
+    The random key of a step comes from the seed and the step number alone, so the state needs no
+    key of its own. Moving average: `ema = d ema + (1 - d) params` with
+    `d = min(ema_decay, (1 + step) / (10 + step))`, which forgets the initial weights soon.
+
+    Metrics: `loss`, `grad_norm` (before clipping) and `learning_rate`. The state is donated.
+    """
+    rebuild, _ = split_params(model)
+    rule, schedule = optimizer(config), learning_rate(config)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: dict[str, Array]):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def loss_of(params: Params) -> Float[Array, ""]:
+            return flow_loss(
+                rebuild(params),
+                batch["video"],
+                batch["label"],
+                batch["caption"] if model.config.caption_dim else None,
+                key,
+                null_label=model.config.classes,
+                config=config.flow,
+            )
+
+        loss, gradient = jax.value_and_grad(loss_of)(state.params)
+        updates, rule_state = rule.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(gradient),
+            "learning_rate": jnp.asarray(schedule(state.step)),
+        }
+        return TrainState(state.step + 1, params, ema, rule_state), metrics
+
+    return step
