@@ -48,5 +48,5 @@ setup: ## the environment in .venv, made or renewed only where needed
 	"$$python" scripts/setup_env.py "$(VENV)"
 
 clean: ## remove everything that was made here: environments, outputs, caches
-	rm -rf .venv .venv-newest .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv.lock .venv-newest .venv-newest.lock .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find vmonarch_jax pallas_kernels models tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

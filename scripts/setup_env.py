@@ -5,6 +5,7 @@ what it was made from; the stamp goes first and comes back last, so that an inte
 an environment that the next run makes anew. A folder that this script did not make is left alone.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -12,7 +13,13 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = "video,notebook,dev"
@@ -72,9 +79,22 @@ def explain(log: Path) -> str:
     return f"The installer's last lines:\n{tail}"
 
 
-def main(folder: str) -> str | None:
+@contextlib.contextmanager
+def alone(venv: Path) -> Iterator[None]:
+    """Keeps two runs from working on one environment; the second waits."""
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with venv.with_name(venv.name + ".lock").open("w") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Another run is setting up {venv.name}; waiting for it ...", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def main(venv: Path) -> str | None:
     """Returns None, or why there is no environment."""
-    venv = Path(folder).resolve()
     stamp, mark, log = venv / ".ready", venv / ".made-by-setup-env", venv / "setup.log"
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     constraints = ROOT / "constraints" / f"py{version.replace('.', '')}.txt"
@@ -114,7 +134,9 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: setup_env.py FOLDER")
     try:
-        problem = main(sys.argv[1])
+        folder = Path(sys.argv[1]).resolve()
+        with alone(folder):
+            problem = main(folder)
     except KeyboardInterrupt:
         problem = "interrupted; the next run starts anew"
     sys.exit(f"\nsetup: {problem}" if problem else 0)
