@@ -32,6 +32,7 @@ class VideoDiTConfig:
       caption_dim: length of the caption vector; 0 means no caption.
       rope_theta: base of the rotary frequencies. Small grids want a small one: with 10,000 most
         of a head would turn by less than a degree over eight tokens.
+      data_std: standard deviation of the videos' values, which `VideoDiT` scales itself by.
       dtype: "float32" or "bfloat16" of the matmuls; norms and modulation stay float32.
       scan_layers: run the blocks under `lax.scan` (compiles once for all of them).
       remat: recompute each block in the backward pass instead of keeping its activations.
@@ -52,6 +53,7 @@ class VideoDiTConfig:
     classes: int = len(MOTIONS)
     caption_dim: int = len(PHOTOS)
     rope_theta: float = 100.0
+    data_std: float = 0.5
     dtype: str = "float32"
     scan_layers: bool = False
     remat: bool = False
@@ -73,6 +75,9 @@ class VideoDiTConfig:
                 "expected dim = heads * head_dim with an even head_dim >= 6, "
                 f"got dim {self.dim} and heads {self.heads}"
             )
+        for name in ("rope_theta", "data_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"expected dtype of {sorted(_DTYPES)}, got {self.dtype!r}")
         self.grid_of((self.frames, self.height, self.width))

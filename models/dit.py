@@ -40,6 +40,22 @@ def place_features(grid: vm.VideoGrid) -> Float[Array, "seq features"]:
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
 
 
+def velocity_scales(t: Float[Array, " batch"], data_std: float) -> tuple[Array, Array, Array]:
+    """Returns `(skip, scale_out, scale_in)` of `v = skip x + scale_out F(scale_in x, t)`.
+
+    Formula, for pixels of standard deviation `s` and `var = t^2 + (1 - t)^2 s^2`, the variance of
+    `x = (1 - t) video + t noise`: `skip = (t - (1 - t) s^2) / var` is the best linear guess of
+    `noise - video` from x, `scale_out = s / sqrt(var)` the deviation of what that leaves, and
+    `scale_in = 1 / sqrt(var)`. So the network F sees inputs and targets of variance one at every
+    t and never spends capacity on passing the noise through (EDM's preconditioning, on the
+    straight path).
+    """
+    variance = t**2 + ((1 - t) * data_std) ** 2
+    deviation = jnp.sqrt(variance)
+    skip = (t - (1 - t) * data_std**2) / variance
+    return skip, data_std / deviation, 1 / deviation
+
+
 class VideoDiT(nnx.Module):
     """A transformer that predicts the flow-matching velocity of a noised video.
 
@@ -106,12 +122,15 @@ class VideoDiT(nnx.Module):
         condition = self._condition(t, label, caption)
         angles = rope_angles(grid, config.head_dim, config.rope_theta)
         shared = einops.rearrange(self.modulation(condition), "z (six d) -> z six d", six=6)
-        h = self.embed(patchify(x.astype(jnp.float32), config.patch)) + self.place(
-            place_features(grid)
+        x, t = x.astype(jnp.float32), t.astype(jnp.float32)
+        skip, scale_out, scale_in = (
+            scale[:, None, None, None, None] for scale in velocity_scales(t, config.data_std)
         )
+        h = self.embed(patchify(scale_in * x, config.patch)) + self.place(place_features(grid))
         h = _layers(self.blocks, methods, h, shared, angles, grid, scan, remat)
         shift, scale = jnp.split(self.final_modulation(condition)[:, None], 2, axis=-1)
-        return unpatchify(self.unembed(layer_norm(h) * (1 + scale) + shift), config.patch, grid)
+        out = unpatchify(self.unembed(layer_norm(h) * (1 + scale) + shift), config.patch, grid)
+        return skip * x + scale_out * out
 
     def _condition(self, t, label, caption) -> Float[Array, "batch dim"]:
         condition = self.time_out(jax.nn.silu(self.time_in(time_features(t)))) + self.label(label)

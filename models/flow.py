@@ -109,7 +109,7 @@ def flow_loss(
 
 
 def guide(
-    velocity: Velocity, guidance: float, null_label: int
+    velocity: Velocity, guidance: float | Float[Array, ""], null_label: int
 ) -> Callable[..., Float[Array, "batch *shape"]]:
     """Returns the velocity under classifier-free guidance.
 
@@ -119,7 +119,7 @@ def guide(
     """
 
     def guided(x, t, label, caption):
-        if guidance == 1:
+        if isinstance(guidance, (int, float)) and guidance == 1:
             return velocity(x, t, label, caption)
         labels = jnp.concatenate([label, jnp.full_like(label, null_label)])
         if caption is not None:

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg", force=False)
-from matplotlib import pyplot as plt  # noqa: E402 (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 
 class MetricsCSV:
