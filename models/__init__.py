@@ -1,1 +1,36 @@
-"""Video diffusion transformers that use the attention methods."""
+"""Video diffusion transformers: models, data, training, sampling.
+
+This face needs the core dependencies only; data, training and pictures live in submodules that
+need the extra `video`.
+"""
+
+from .config import CONFIGS, VideoDiTConfig
+from .dit import VideoDiT, capture_qkv, patchify, unpatchify
+from .export import export_params, load_model, load_params
+from .flow import FlowConfig, flow_loss, guide, interpolate, shift_time
+from .labels import MOTIONS, PHOTOS
+from .params import split_params
+from .sampler import integrate, sample, time_steps
+
+__all__ = [
+    "CONFIGS",
+    "MOTIONS",
+    "PHOTOS",
+    "FlowConfig",
+    "VideoDiT",
+    "VideoDiTConfig",
+    "capture_qkv",
+    "export_params",
+    "flow_loss",
+    "guide",
+    "integrate",
+    "interpolate",
+    "load_model",
+    "load_params",
+    "patchify",
+    "sample",
+    "shift_time",
+    "split_params",
+    "time_steps",
+    "unpatchify",
+]

@@ -11,9 +11,8 @@ import numpy as np
 
 import vmonarch_jax as vm
 
+from .labels import MOTIONS, PHOTOS
 from .layers import AttentionMethod
-from .motions import MOTIONS
-from .photos import PHOTOS
 
 METHODS = {"dense": vm.Dense, "vmonarch": vm.VMonarch, "tiled": vm.TiledMonarch}
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 import vmonarch_jax as vm
 
-from .motions import MOTIONS
-from .photos import PHOTOS
+from .labels import MOTIONS, PHOTOS
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -84,14 +83,17 @@ class VideoDiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one attention head."""
         return self.dim // self.heads
 
     @property
     def compute_dtype(self) -> jnp.dtype:
+        """Of the matmuls."""
         return jnp.dtype(_DTYPES[self.dtype])
 
     @property
     def video_shape(self) -> tuple[int, int, int, int]:
+        """Frames, height, width and channels of one training video."""
         return (self.frames, self.height, self.width, self.channels)
 
     @property

@@ -47,6 +47,7 @@ class SelfAttention(nnx.Module):
         attention: AttentionMethod,
         grid: vm.VideoGrid,
     ) -> Float[Array, "batch seq dim"]:
+        """Returns the layer's output; `angles` are `rope_angles(grid, head_dim)`."""
         q, k, v = einops.rearrange(
             self.qkv(x), "z n (three h d) -> three z n h d", three=3, h=self.heads
         )
@@ -81,6 +82,7 @@ class Block(nnx.Module):
         attention: AttentionMethod,
         grid: vm.VideoGrid,
     ) -> Float[Array, "batch seq dim"]:
+        """Returns the residual stream after the block, in float32."""
         parts = jnp.split(shared + self.modulation[...], 6, axis=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)

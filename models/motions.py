@@ -11,22 +11,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
-from .photos import PHOTOS, TEXTURES, Pyramid, load
+from .labels import MOTIONS, PHOTOS
+from .photos import TEXTURES, Pyramid, load
 
-#: What the picture does, as the viewer sees it ("pan_left": everything moves to the left). The
-#: class label of a video is its index here, so the order is a format.
-MOTIONS = (
-    "pan_left",
-    "pan_right",
-    "pan_up",
-    "pan_down",
-    "zoom_in",
-    "zoom_out",
-    "rotate_cw",
-    "rotate_ccw",
-    "cut",
-    "sprite",
-)
 _PAN = {"pan_left": (0, 1), "pan_right": (0, -1), "pan_up": (1, 0), "pan_down": (-1, 0)}
 #: Height of the subject where it is not the middle: the astronaut's face is near the top.
 _SUBJECT_Y = {"astronaut": 0.42}

@@ -15,17 +15,6 @@ from jaxtyping import Float
 from PIL import Image
 from scipy import ndimage
 
-#: Subjects of the videos; the caption vector is one-hot over this tuple, so its order is a format.
-PHOTOS = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "rocket",
-    "motorcycle",
-    "retina",
-    "hubble",
-    "tissue",
-)
 #: Textures that sprites wear; never a subject, so a sprite always stands out from its background.
 TEXTURES = ("moon", "brick", "coins", "grass")
 
@@ -90,7 +79,7 @@ class Pyramid:
 
 @functools.cache
 def load(name: str) -> Pyramid:
-    """Returns the pyramid of one photograph of `PHOTOS` or `TEXTURES` (cached).
+    """Returns the pyramid of one photograph of `labels.PHOTOS` or `TEXTURES` (cached).
 
     Raises:
       ValueError: the name is not known.

@@ -8,8 +8,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from .motions import MOTIONS, make_video
-from .photos import PHOTOS
+from .labels import MOTIONS, PHOTOS
+from .motions import make_video
 
 
 @dataclasses.dataclass(frozen=True)

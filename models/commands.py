@@ -1,0 +1,125 @@
+"""The subcommands of `vmonarch`; each `add_*` adds a parser whose `run` does the work."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import vmonarch_jax as vm
+
+from . import cli_options as options
+from .config import CONFIGS
+from .export import load_model, load_params
+from .flow import FlowConfig
+from .pictures import save_gif, save_strip
+from .sampler import SOLVERS, sample
+from .step import TrainConfig
+from .train import train
+
+
+def _add_run(parser: argparse.ArgumentParser, **defaults: float) -> None:
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run")
+    options.add_attention(parser, str(defaults.pop("attention", "dense")))
+    options.add_fields(parser, TrainConfig, **defaults)
+    options.add_fields(parser, FlowConfig)
+    parser.add_argument("--frames", type=int, help="frames of the training videos")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls")
+    parser.add_argument("--scan-layers", action="store_true", default=None)
+    parser.add_argument("--remat", action="store_true", default=None)
+    parser.add_argument("--workers", type=int, default=0, help="processes that render videos")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _run(args: argparse.Namespace, model_config, initial) -> None:
+    wanted = {name: getattr(args, name) for name in ("frames", "dtype", "scan_layers", "remat")}
+    model_config = dataclasses.replace(
+        model_config, **{name: value for name, value in wanted.items() if value is not None}
+    )
+    flow = FlowConfig(**options.take_fields(args, FlowConfig))
+    config = TrainConfig(**options.take_fields(args, TrainConfig), flow=flow)
+    train(
+        args.out, model_config, config, attention=options.attention_of(args), initial=initial,
+        workers=args.workers, progress=not args.quiet,
+    )  # fmt: skip
+    print(f"done: weights in {args.out / 'export'}, curve in {args.out / 'loss.png'}")
+
+
+def add_train(commands) -> None:
+    """`vmonarch train`: a new model, or the run in `--out` goes on."""
+    parser = commands.add_parser("train", help="train a model, or go on with a run")
+    parser.add_argument("--config", choices=CONFIGS, default="tiny", help="default tiny")
+    _add_run(parser)
+    parser.set_defaults(run=lambda args: _run(args, CONFIGS[args.config], None))
+
+
+def add_finetune(commands) -> None:
+    """`vmonarch finetune`: trained weights, another attention method, a few hundred steps."""
+    parser = commands.add_parser("finetune", help="tune a trained model to another attention")
+    parser.add_argument(
+        "--from", dest="source", type=pathlib.Path, required=True, help="exported model"
+    )
+    _add_run(parser, attention="vmonarch", steps=300, learning_rate=2e-4, warmup_steps=20)
+    parser.set_defaults(run=lambda args: _run(args, *load_params(args.source)))
+
+
+def add_sample(commands) -> None:
+    """`vmonarch sample`: videos from noise, as a GIF and a strip of frames."""
+    parser = commands.add_parser("sample", help="sample videos from a trained model")
+    parser.add_argument("--model", type=pathlib.Path, required=True, help="exported model")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/sample"))
+    parser.add_argument(
+        "--video", action="append", metavar="MOTION:PHOTO", help="may be given more than once"
+    )
+    options.add_attention(parser)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--shift", type=float, default=2.0)
+    parser.add_argument("--solver", choices=SOLVERS, default="euler")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_run_sample)
+
+
+def _run_sample(args: argparse.Namespace) -> None:
+    wanted = args.video or ["pan_left:coffee", "zoom_in:chelsea", "rotate_cw:rocket"]
+    pairs = [text.partition(":")[::2] for text in wanted]
+    label = jnp.array([options.label_of(motion) for motion, _ in pairs])
+    caption = jnp.array(np.stack([options.caption_of(photo or "none") for _, photo in pairs]))
+    attention = options.attention_of(args)
+    model = load_model(args.model, attention=attention)
+    if not model.config.caption_dim:
+        caption = None
+    began = time.perf_counter()
+    with tqdm(total=args.steps, desc="sampling") as bar:
+        videos = sample(
+            model, jax.random.key(args.seed), label, caption, steps=args.steps,
+            guidance=args.guidance, shift=args.shift, solver=args.solver,
+            on_step=lambda n, x: (jax.block_until_ready(x), bar.update()),
+        )  # fmt: skip
+    seconds = time.perf_counter() - began
+    gif, strip = args.out.with_suffix(".gif"), args.out.with_suffix(".png")
+    save_gif(gif, np.asarray(videos))
+    save_strip(strip, np.asarray(videos))
+    print(f"{len(pairs)} videos under {attention} in {seconds:.1f} s: {gif}, {strip}")
+
+
+def add_explain(commands) -> None:
+    """`vmonarch explain`: what a method costs on a grid, and which kernel runs it here."""
+    parser = commands.add_parser("explain", help="say what a method does and costs on a grid")
+    parser.add_argument("--grid", type=options.shape3, default=(21, 30, 52), metavar="TxHxW")
+    options.add_attention(parser, "vmonarch")
+    parser.set_defaults(run=_run_explain)
+
+
+def _run_explain(args: argparse.Namespace) -> None:
+    print(vm.explain(options.attention_of(args), vm.VideoGrid(*args.grid)))
+
+
+#: What `vmonarch` offers, in the order of its help.
+COMMANDS = (add_train, add_finetune, add_sample, add_explain)
