@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -60,12 +61,15 @@ def run(command: list[str], log: Path) -> bool:
         env=env,
     )
     assert process.stdout is not None
-    with log.open("a") as out:
-        for line in process.stdout:
-            out.write(line)
-            if line.lstrip().startswith(SHOWN):
-                print("  " + line.strip().split(" (from")[0][:90], flush=True)
-    return process.wait() == 0
+    try:
+        with log.open("a") as out:
+            for line in process.stdout:
+                out.write(line)
+                if line.lstrip().startswith(SHOWN):
+                    print("  " + line.strip().split(" (from")[0][:90], flush=True)
+        return process.wait() == 0
+    finally:
+        process.kill()  # an interrupted run leaves nobody behind who writes on
 
 
 def explain(log: Path) -> str:
@@ -107,9 +111,14 @@ def main(venv: Path) -> str | None:
         return f"{venv} exists but was not made by this project; move it away, or make VENV=other"
 
     started = time.monotonic()
-    shutil.rmtree(venv, ignore_errors=True)
     venv.mkdir(parents=True, exist_ok=True)
     mark.touch()
+    stamp.unlink(missing_ok=True)
+    for old in venv.iterdir():
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif old != mark:
+            old.unlink()
     print(f"Setting up {venv.name} with Python {version} (a minute or a few) ...", flush=True)
     if not run([sys.executable, "-m", "venv", str(venv)], log):
         return f"Python's venv module failed.\n{explain(log)}"
@@ -133,6 +142,7 @@ def main(venv: Path) -> str | None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: setup_env.py FOLDER")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         folder = Path(sys.argv[1]).resolve()
         with alone(folder):
