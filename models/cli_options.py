@@ -79,7 +79,7 @@ def attention_of(args: argparse.Namespace) -> AttentionMethod:
     }
     given = {name: value for name, value in given.items() if value is not None}
     if args.attention == "dense" and given:
-        raise ValueError(f"expected no {', '.join(given)} with --attention dense")
+        raise ValueError(f"expected no options ({', '.join(given)}) with --attention dense")
     return METHODS[args.attention](**given)
 
 

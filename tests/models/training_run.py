@@ -1,0 +1,35 @@
+"""A short training run in a process of its own, for the test that kills it.
+
+Usage: training_run.py FOLDER [STEP]; with STEP, it kills itself once that checkpoint is complete
+and one more step has been taken.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+
+from vmonarch_jax.models import VideoDiTConfig
+from vmonarch_jax.models import train as training
+from vmonarch_jax.models.step import TrainConfig
+
+import vmonarch_jax as vm
+
+MODEL = VideoDiTConfig(frames=2, height=8, width=8, patch=(1, 4, 4), dim=24, depth=2, heads=2)
+CONFIG = TrainConfig(steps=7, batch_size=2, warmup_steps=2, save_every=2)
+
+
+def main(folder: str, kill_after: int | None = None) -> None:
+    write = training.MetricsCSV.write
+
+    def deadly(self, step, values):
+        write(self, step, values)
+        if step == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training.MetricsCSV.write = deadly
+    training.train(pathlib.Path(folder), MODEL, CONFIG, attention=vm.Dense(), progress=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
