@@ -9,7 +9,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 RUN := $(VENV)/bin
-TEST_ENV := JAX_PLATFORMS=cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
+TEST_ENV := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
 PYTEST := -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
@@ -21,8 +21,13 @@ help: ## this list
 demo: setup ## sample videos with dense and Monarch attention; writes out/demo/
 	$(RUN)/vmonarch demo
 
-test: lint ## lint, types, and the fast tests
-	$(TEST_ENV) $(RUN)/python $(PYTEST)
+test: setup ## lint, types, and the fast tests; runs them all before it fails
+	@status=0; \
+	$(RUN)/ruff check || status=1; \
+	$(RUN)/ruff format --check || status=1; \
+	$(RUN)/python scripts/typecheck.py || status=1; \
+	$(TEST_ENV) $(RUN)/python $(PYTEST) || status=1; \
+	test $$status = 0 || echo "make test: something above failed"; exit $$status
 
 test-slow: setup ## the tests that `make test` leaves out
 	$(TEST_ENV) $(RUN)/python -m pytest -q -m slow $(PYTEST_ARGS)
