@@ -6,8 +6,8 @@ the entropy is the plain sum of `R log R` (not the identity the library uses), t
 counting coordinates (no reshapes), and gradients are central finite differences.
 
 Letters: z batch, h head, d dim; a f query and key tile; l k query and key block; j i position in a
-block. A token that is not there (padding, or masked) is neither key nor query: it is left out of
-softmaxes over keys and of the sums over l, and its mean query starts at zero.
+block. Padding is neither key nor query: it is left out of softmaxes over keys and of the sums over
+l, and its mean query starts at zero.
 """
 
 import itertools
@@ -75,7 +75,8 @@ def up(n, multiple):
 def place_grid(grid, block, tile=None):
     """Token at `[tile, block, position]`, -1 for padding at the end of an axis."""
     grid, block = np.array(grid), np.array(block)
-    tile = up(grid, block) if tile is None else np.array(tile)
+    tile = grid if tile is None else np.array(tile)
+    tile = np.where(tile == grid, up(grid, block), tile)  # the whole grid grows to whole blocks
     assert not (tile % block).any(), (tile, block)
     tiles, blocks = up(grid, tile) // tile, tile // block
     place = np.full([tiles.prod(), blocks.prod(), block.prod()], -1)
@@ -100,19 +101,28 @@ def place_sequence(n, block_size, pad="post"):
 
 
 def monarch_placed(
-    query, key, value, place, *, steps, floor, scale=None, mask=None, entropies=None
+    query,
+    key,
+    value,
+    place,
+    *,
+    steps,
+    floor,
+    scale=None,
+    key_mask=None,
+    query_mask=None,
+    entropies=None,
 ):
     """Design page 1.1 line by line. `entropies` freezes the cL of each step at given values."""
     query, key, value = float64(query, key, value)
     z, n = query.shape[:2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    there = (place >= 0) & broadcast_mask(mask, z, n)[:, place]  # [z a l j]
-    there = there[:, None]  # [z 1 a l j]
+    keys = (place >= 0) & broadcast_mask(key_mask, z, n)[:, place]  # [z f k i]
+    queries = (place >= 0) & broadcast_mask(query_mask, z, n)[:, place]  # [z a l j]
+    keys, queries = keys[:, None], queries[:, None]  # the same for each head
     q_all = np.moveaxis(query, 2, 1)[:, :, place]  # [z h a l j d]
-    k_all = np.moveaxis(key, 2, 1)[:, :, place]
-    q_all = np.where((place >= 0)[..., None], q_all, 0.0)
-    k_all = np.where(there[..., None], k_all, 0.0)
-    q_seen = np.where(there[..., None], q_all, 0.0)
+    k_all = np.where(keys[..., None], np.moveaxis(key, 2, 1)[:, :, place], 0.0)
+    q_seen = np.where(queries[..., None], q_all, 0.0)
     tiles = place.shape[0]
 
     # L = I: the mean query of block k at position j is the query there, for every key tile.
@@ -120,7 +130,7 @@ def monarch_placed(
     used, loads = [], []
     for step in range(steps):
         x = scale * np.einsum("zhafkjd,zhfkid->zhafkji", qt, k_all)
-        x = np.where(there[:, :, None, :, :, None, :], x, -np.inf)
+        x = np.where(keys[:, :, None, :, :, None, :], x, -np.inf)
         r, _ = softmax_lse(x, -1)
         a_l = scale * np.einsum("zhafkji,zhfkid->zhafkjd", r, k_all)
         c_l = xlogx(r).sum(-1) if entropies is None else entropies[step]
@@ -128,14 +138,14 @@ def monarch_placed(
 
         f_all = np.einsum("zhaljd,zhafkjd->zhaljfk", q_all, a_l)
         f_all = f_all - np.einsum("zhafkj->zhajfk", c_l)[:, :, :, None]
-        empty = ~there.any(-1)  # a block without keys draws no attention [z 1 f k]
+        empty = ~keys.any(-1)  # a block without keys draws no attention [z 1 f k]
         f_all = np.where(empty[:, :, None, None, None], -np.inf, f_all)
         flat = f_all.reshape(*f_all.shape[:-2], -1)
         l_all, lse = softmax_lse(flat, -1)
         l_all = l_all.reshape(f_all.shape)
 
         if step < steps - 1:
-            seen = np.where(there[..., None, None], l_all, 0.0)
+            seen = np.where(queries[..., None, None], l_all, 0.0)
             c_r = np.einsum("zhaljfk->zhafkj", seen)
             qt = np.einsum("zhaljfk,zhaljd->zhafkjd", seen, q_seen)
             qt = qt / np.maximum(c_r, max(floor, TINY))[..., None]
@@ -144,10 +154,10 @@ def monarch_placed(
     blocks = np.einsum("zhaljfk,zhafkji->zhaljfki", l_all, r)
     matrix = np.zeros((z, query.shape[2], n, n))
     row_lse = np.zeros((z, query.shape[2], n))
-    for a, l, j in np.argwhere(place >= 0):
-        row_lse[:, :, place[a, l, j]] = lse[:, :, a, l, j]
-        for f, k, i in np.argwhere(place >= 0):
-            matrix[:, :, place[a, l, j], place[f, k, i]] = blocks[:, :, a, l, j, f, k, i]
+    real = place >= 0
+    tokens = place[real]
+    row_lse[:, :, tokens] = lse[:, :, real]
+    matrix[:, :, tokens[:, None], tokens] = blocks[:, :, real][:, :, :, real]
     return part_of(matrix, row_lse, value, entropies=tuple(used), loads=tuple(loads))
 
 
@@ -179,10 +189,13 @@ def monarch_grid(
     floor=0.1,
     recompute_frames=0,
     scale=None,
-    mask=None,
+    key_mask=None,
     entropies=None,
 ) -> Part:
-    """Any block and tile of a grid of tokens; rows of `recompute_frames` are dense attention."""
+    """Any block and tile of a grid of tokens; rows of `recompute_frames` are dense attention.
+
+    The tokens of a grid are all queries; `key_mask` leaves out keys alone.
+    """
     part = monarch_placed(
         query,
         key,
@@ -191,12 +204,12 @@ def monarch_grid(
         steps=steps,
         floor=floor,
         scale=scale,
-        mask=mask,
+        key_mask=key_mask,
         entropies=entropies,
     )
     rows = frame_rows(grid, recompute_frames)
     if rows.size:
-        part = with_dense_rows(part, dense(query, key, value, scale=scale, key_mask=mask), rows)
+        part = with_dense_rows(part, dense(query, key, value, scale=scale, key_mask=key_mask), rows)
     return part
 
 
@@ -213,7 +226,7 @@ def monarch_sequence(
     scale=None,
     entropies=None,
 ) -> Part:
-    """MonarchAttention on a plain sequence."""
+    """MonarchAttention on a plain sequence; a masked token is neither key nor query."""
     place = place_sequence(query.shape[1], block_size, pad)
     return monarch_placed(
         query,
@@ -223,7 +236,8 @@ def monarch_sequence(
         steps=steps,
         floor=floor,
         scale=scale,
-        mask=key_mask,
+        key_mask=key_mask,
+        query_mask=key_mask,
         entropies=entropies,
     )
 
@@ -251,28 +265,29 @@ def kl(approximate, exact):
 def gradients(function, arrays, cotangents, eps=1e-5):
     """d/d arrays of <out, cotangents[0]> + <lse, cotangents[1]>, by central differences.
 
-    `function` maps `[batch, seq, heads, dim]` arrays to a Part. All perturbed copies of one batch
-    element run as one large batch, so only one-element batches are taken.
+    `function` maps `[1, seq, heads, dim]` arrays to a Part. All bumped copies run as one large
+    batch, and heads do not see each other, so one coordinate is bumped in all of them at once.
     """
     arrays = float64(*arrays)
     assert all(a.shape[0] == 1 for a in arrays)
+    out_bar, lse_bar = (c[0] for c in float64(*cotangents))
 
     def objective(inputs):
         part = function(*inputs)
         lse = np.where(np.isneginf(part.lse), 0.0, part.lse)
-        return np.einsum("zqhd,qhd->z", part.out, cotangents[0][0]) + np.einsum(
-            "zqh,qh->z", lse, cotangents[1][0]
-        )
+        return np.einsum("zqhd,qhd->zh", part.out, out_bar) + np.einsum("zqh,qh->zh", lse, lse_bar)
 
     result = []
     for which, array in enumerate(arrays):
-        bumps = eps * np.eye(array.size).reshape(array.size, *array.shape[1:])
+        _, n, _, d = array.shape
+        bumps = eps * np.eye(n * d).reshape(n * d, n, 1, d)
         sides = []
         for sign in (1.0, -1.0):
-            moved = [np.broadcast_to(a, (array.size, *a.shape[1:])) for a in arrays]
+            moved = [np.broadcast_to(a, (n * d, *a.shape[1:])) for a in arrays]
             moved[which] = array + sign * bumps
             sides.append(objective(moved))
-        result.append(((sides[0] - sides[1]) / (2 * eps)).reshape(array.shape))
+        slope = (sides[0] - sides[1]) / (2 * eps)  # [n*d, heads]
+        result.append(np.moveaxis(slope.reshape(n, d, -1), 2, 1)[None])
     return tuple(result)
 
 

@@ -3,10 +3,10 @@
 import functools
 from pathlib import Path
 
-import jax
 import numpy as np
 import oracle
 import pytest
+from compiling import jit
 from tolerances import assert_close
 
 import vmonarch_jax as vm
@@ -43,7 +43,7 @@ def test_oracle(index):
 
 @functools.cache
 def compiled(implementation, block_size, steps, pad):
-    return jax.jit(
+    return jit(
         functools.partial(
             vm.monarch_attention,
             block_size=block_size,
