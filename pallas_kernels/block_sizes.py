@@ -5,9 +5,9 @@ import operator
 
 import jax
 
-# Scores that a chunk may hold: 4 MiB of float32 stays in a CPU core's share of the cache;
+# Scores that a chunk may hold: 1 MiB of float32 stays in a CPU core's own cache;
 # an accelerator wants enough rows at once to fill its matrix units.
-CPU_SCORES = 2**20
+CPU_SCORES = 2**18
 ACCELERATOR_SCORES = 2**26
 
 
@@ -17,7 +17,7 @@ class BlockSizes:
 
     Args:
         xla_scores: largest number of attention scores (elements, not bytes) that the "xla"
-            implementation holds at once, at least one row of scores; `None` takes 2**20 on a
+            implementation holds at once, at least one row of scores; `None` takes 2**18 on a
             CPU and 2**26 elsewhere.
 
     Raises:

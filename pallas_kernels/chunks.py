@@ -1,5 +1,6 @@
 """Doing a large thing a chunk at a time."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,32 @@ def chunk_length(length: int, most: int) -> int:
     return most
 
 
+def map_slices(function: Callable[..., Any], most: int, *arrays: Any) -> Any:
+    """Like `map_chunks` along the second axis of `arrays`, which `function` moves to the front.
+
+    Slices are cut where the arrays lie, so no second copy of them in another order is made.
+    """
+    function = jax.checkpoint(function)
+    length = jax.tree.leaves(arrays)[0].shape[1]
+    size = chunk_length(length, most)
+    if size == length:
+        return function(*arrays)
+
+    def at(start: Any, size: int) -> Any:
+        cut = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
+        )
+        return function(*jax.tree.map(cut, arrays))
+
+    count = length // size
+    result = jax.lax.map(lambda index: at(index * size, size), jnp.arange(count))
+    result = jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:]), result)
+    if count * size == length:
+        return result
+    rest = at(count * size, length - count * size)
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), result, rest)
+
+
 def map_chunks(function: Callable[..., Any], most: int, *arrays: Any) -> Any:
     """`function(*arrays)`, computed over chunks of at most `most` along the leading axis.
 
@@ -32,6 +59,13 @@ def map_chunks(function: Callable[..., Any], most: int, *arrays: Any) -> Any:
     size = chunk_length(length, most)
     if size == length:
         return function(*arrays)
+    if size == 1:
+        # Without an axis of one entry: to the compiler a transpose of it would be a copy.
+        def entry(arrays: Any) -> Any:
+            result = function(*jax.tree.map(lambda x: x[None], arrays))
+            return jax.tree.map(lambda x: x[0], result)
+
+        return jax.lax.map(entry, arrays)
     count = length // size
     body = jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), arrays)
     result = jax.lax.map(lambda chunk: function(*chunk), body)

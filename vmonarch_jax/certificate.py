@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from . import checks
-from .dispatch import Implementation, dispatch
+from .dense import dense_attention
+from .dispatch import Implementation
 from .grid import Shape3, VideoGrid
-from .heads import dense_part, heads_major
 
 
 def attention_gap(
@@ -69,17 +69,11 @@ def attention_gap(
                 f"`rows` must be a 1-D array of token indices, got {rows.dtype} {rows.shape}"
             )
         query, lse = query[:, rows], lse[:, rows]
-    key_mask = checks.mask_of("key_mask", key_mask, key.shape[0], key.shape[1])
-    scale = checks.scale_of(scale, query.shape[-1])
-    block_sizes = checks.block_sizes_of(block_sizes)
-
-    def call(backend):
-        q, k = heads_major(query), heads_major(key)
-        # The output is not used, so its product is dropped by the compiler.
-        return dense_part(
-            q, k, k[..., :1], key_mask, scale=scale, backend=backend, block_sizes=block_sizes
-        )
-
-    dense = dispatch(implementation, call).lse.swapaxes(1, 2)
+    # One column of values, whose product is small: only the log-sum-exp is wanted.
+    _, dense = dense_attention(
+        query, key, key[..., :1],
+        scale=scale, key_mask=key_mask, implementation=implementation, return_lse=True,
+        block_sizes=block_sizes,
+    )  # fmt: skip
     # A row without any key is right as it is: -inf - (-inf) would be NaN.
     return jnp.where(dense == lse, 0, jnp.maximum(dense - lse, 0))

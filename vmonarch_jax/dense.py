@@ -1,12 +1,13 @@
 """Dense attention: exact, quadratic in time, linear in memory."""
 
+import functools
 from typing import Any
 
 from jaxtyping import Array, Bool, Float
 
 from . import checks
-from .dispatch import Implementation, dispatch
-from .heads import dense_part, heads_major, tokens_major
+from .dispatch import Backend, Implementation, dispatch
+from .heads import by_heads, dense_part
 from .parts import Part
 
 
@@ -53,11 +54,11 @@ def dense_attention(
     scale = checks.scale_of(scale, query.shape[-1])
     block_sizes = checks.block_sizes_of(block_sizes)
 
-    def call(backend):
-        q, k, v = (heads_major(x) for x in (query, key, value))
-        return dense_part(
-            q, k, v, key_mask, scale=scale, backend=backend, block_sizes=block_sizes
-        )
+    def part(backend: Backend) -> Part:
+        on = {"backend": backend, "block_sizes": block_sizes}
+        heads = functools.partial(dense_part, scale=scale, **on)
+        scores = query.shape[1] * key.shape[1]
+        return by_heads(heads, (query, key, value), key_mask, scores=scores, **on)
 
-    part = tokens_major(dispatch(implementation, call))
-    return part if return_lse else part.out
+    out, lse = dispatch(implementation, part)
+    return Part(out, lse) if return_lse else out

@@ -7,7 +7,6 @@ import dataclasses
 import operator
 from typing import Any
 
-import einops
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Shaped
@@ -120,6 +119,12 @@ class Tiling:
         return int(tiles), int(blocks), int(np.prod(self.block))
 
     @property
+    def scores(self) -> int:
+        """Scores of an R step over all pairs of tiles: what a head's work is measured by."""
+        tiles, blocks, positions = self.sizes
+        return tiles * tiles * blocks * positions * positions
+
+    @property
     def mask(self) -> Bool[np.ndarray, "a m b"] | None:
         """True where a position holds a token; `None` where all do."""
         if self.padded == self.grid.shape:
@@ -127,11 +132,20 @@ class Tiling:
         return np.asarray(self.split(np.ones((self.grid.tokens, 1), bool), numpy=True))[..., 0]
 
     @property
-    def _letters(self) -> dict[str, int]:
-        counts = [whole // size for whole, size in zip(self.padded, self.tile, strict=True)]
-        blocks = [size // inner for size, inner in zip(self.tile, self.block, strict=True)]
-        names = ("at", "ah", "aw", "mt", "mh", "mw", "bt", "bh", "bw")
-        return dict(zip(names, (*counts, *blocks, *self.block), strict=True))
+    def _factors(self) -> tuple[list[int], list[int]]:
+        """Sizes that the three grid axes split into, and the order that tiles want them in.
+
+        Factors of size one are left out: a transpose of nothing but such axes looks like work to
+        a compiler, and it copies whole arrays for it.
+        """
+        sizes = [
+            size
+            for whole, tile, block in zip(self.padded, self.tile, self.block, strict=True)
+            for size in (whole // tile, tile // block, block)
+        ]
+        kept = [i for i in (0, 3, 6, 1, 4, 7, 2, 5, 8) if sizes[i] > 1]
+        present = sorted(kept)
+        return [sizes[i] for i in present], [present.index(i) for i in kept]
 
     def split(self, x: Any, numpy: bool = False) -> Any:
         """Tokens to tiles, blocks and positions: `[..., N, d] -> [..., a, m, b, d]`."""
@@ -141,24 +155,28 @@ class Tiling:
             extra = [(0, p - g) for p, g in zip(self.padded, self.grid.shape, strict=True)]
             pad = np.pad if numpy else jnp.pad
             x = pad(x, [(0, 0)] * len(lead) + extra + [(0, 0)])
-        return einops.rearrange(
-            x,
-            "... (at mt bt) (ah mh bh) (aw mw bw) d"
-            " -> ... (at ah aw) (mt mh mw) (bt bh bw) d",
-            **self._letters,
-        )
+        sizes, order = self._factors
+        x = x.reshape(*lead, *sizes, x.shape[-1])
+        x = x.transpose(*self._axes(len(lead), order))
+        return x.reshape(*lead, *self.sizes, x.shape[-1])
 
     def join(self, x: Shaped[Array, "*lead a m b d"]) -> Shaped[Array, "*lead n d"]:
         """The inverse of `split`; what padding held is dropped."""
-        x = einops.rearrange(
-            x,
-            "... (at ah aw) (mt mh mw) (bt bh bw) d"
-            " -> ... (at mt bt) (ah mh bh) (aw mw bw) d",
-            **self._letters,
-        )
+        sizes, order = self._factors
+        lead = x.shape[:-4]
+        x = x.reshape(*lead, *(sizes[i] for i in order), x.shape[-1])
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        x = x.transpose(*self._axes(len(lead), inverse))
+        if self.padded == self.grid.shape:
+            return x.reshape(*lead, self.grid.tokens, x.shape[-1])
+        x = x.reshape(*lead, *self.padded, x.shape[-1])
         frames, height, width = self.grid.shape
         x = x[..., :frames, :height, :width, :]
-        return x.reshape(*x.shape[:-4], self.grid.tokens, x.shape[-1])
+        return x.reshape(*lead, self.grid.tokens, x.shape[-1])
+
+    @staticmethod
+    def _axes(lead: int, order: list[int]) -> list[int]:
+        return [*range(lead), *(lead + i for i in order), lead + len(order)]
 
 
 def positive_int(name: str, value: Any) -> int:

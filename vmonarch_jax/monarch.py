@@ -61,13 +61,14 @@ def monarch_tile(
 
 def _r_step(qt, k, values, keys, scale, entropy_gradient, backend, block_sizes):
     """`aL`, `cL` and the averages Y of `values`: plain attention of `qt[k]` on block k."""
-    (mean_key, *y), lse = backend.attend(
-        qt, k, (k, *values), scale=scale, mask=keys, block_sizes=block_sizes
+    gains = (scale, *(1.0 for _ in values))
+    (al, *y), lse = backend.attend(
+        qt, k, (k, *values), scale=scale, mask=keys, gains=gains, block_sizes=block_sizes
     )
     # Rounded to the dtype that the L step multiplies in, and the entropy taken from the rounded
     # value: then F = lse + (q - qt) . aL stays the tangent plane, exact at q = qt, whatever the
     # rounding.
-    al = (scale * mean_key).astype(k.dtype)
+    al = al.astype(k.dtype)
     # The identity: the logits are linear in K, so sum_i R x = qt . aL needs no pass of its own.
     cl = jnp.sum(qt.astype(lse.dtype) * al.astype(lse.dtype), axis=-1) - lse
     if keys is not None:

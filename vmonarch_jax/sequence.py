@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from . import checks
 from .dispatch import Backend, Implementation, dispatch
 from .grid import positive_int
-from .heads import heads_major, monarch_part, tokens_major
+from .heads import by_heads, monarch_part
 from .parts import Part
 
 
@@ -90,17 +90,20 @@ def monarch_attention(
     mask = key_mask
     if mask is None and extra:
         mask = jnp.ones((batch, seq), bool)
-    if mask is not None:
-        mask = blocks(mask[..., None])[..., 0]
 
-    def call(backend: Backend) -> Part:
-        q, k, v = (blocks(heads_major(x)) for x in (query, key, value))
-        part = monarch_part(
-            q, k, v, mask, mask, backend=backend, block_sizes=block_sizes, **settings
-        )
-        out = part.out.reshape(*part.out.shape[:2], -1, part.out.shape[-1])
-        lse = part.lse.reshape(out.shape[:-1])
-        return Part(out[:, :, before : before + seq], lse[:, :, before : before + seq])
+    def part(backend: Backend) -> Part:
+        on = {"backend": backend, "block_sizes": block_sizes}
 
-    part = tokens_major(dispatch(implementation, call))
-    return part if return_lse else part.out
+        def heads(q: Any, k: Any, v: Any, mask: Any) -> Part:
+            if mask is not None:
+                mask = blocks(mask[..., None])[..., 0]
+            part = monarch_part(*map(blocks, (q, k, v)), mask, mask, **settings, **on)
+            out = part.out.reshape(*part.out.shape[:2], -1, part.out.shape[-1])
+            lse = part.lse.reshape(out.shape[:-1])
+            return Part(out[:, :, before : before + seq], lse[:, :, before : before + seq])
+
+        scores = (seq + extra) * size
+        return by_heads(heads, (query, key, value), mask, scores=scores, **on)
+
+    out, lse = dispatch(implementation, part)
+    return Part(out, lse) if return_lse else out

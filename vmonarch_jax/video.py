@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from . import checks
 from .dispatch import Backend, Implementation, dispatch
 from .grid import Shape3, Tiling, VideoGrid
-from .heads import dense_part, heads_major, monarch_part, tokens_major
+from .heads import by_heads, dense_part, monarch_part
 from .parts import Part
 
 
@@ -93,22 +93,26 @@ def vmonarch_attention(
         "scale": scale,
     }
 
-    def call(backend: Backend) -> Part:
-        q, k, v = (heads_major(x) for x in (query, key, value))
+    def part(backend: Backend) -> Part:
         on = {"backend": backend, "block_sizes": block_sizes}
-        if len(exact_frames) == grid.frames:
-            return dense_part(q, k, v, key_mask, scale=scale, **on)
-        queries, keys = _masks(tiling, key_mask, query.shape[0])
-        part = monarch_part(*map(tiling.split, (q, k, v)), queries, keys, **settings, **on)
-        part = Part(tiling.join(part.out), tiling.join(part.lse[..., None])[..., 0])
-        if not exact_frames:
-            return part
-        rows = _rows(exact_frames, grid)
-        exact = dense_part(q[:, :, rows], k, v, key_mask, scale=scale, **on)
-        return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, exact, strict=True)))
 
-    part = tokens_major(dispatch(implementation, call))
-    return part if return_lse else part.out
+        def heads(q: Any, k: Any, v: Any, keys: Any) -> Part:
+            if len(exact_frames) == grid.frames:
+                return dense_part(q, k, v, keys, scale=scale, **on)
+            masks = _masks(tiling, keys, q.shape[0])
+            part = monarch_part(*map(tiling.split, (q, k, v)), *masks, **settings, **on)
+            part = Part(tiling.join(part.out), tiling.join(part.lse[..., None])[..., 0])
+            if not exact_frames:
+                return part
+            rows = _rows(exact_frames, grid)
+            exact = dense_part(q[:, :, rows], k, v, keys, scale=scale, **on)
+            return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, exact, strict=True)))
+
+        scores = tiling.scores + len(exact_frames) * grid.frame_tokens * grid.tokens
+        return by_heads(heads, (query, key, value), key_mask, scores=scores, **on)
+
+    out, lse = dispatch(implementation, part)
+    return Part(out, lse) if return_lse else out
 
 
 def tiled_monarch_attention(

@@ -15,6 +15,7 @@ def attend(
     scale: float,
     bias: Float[Array, "g s"] | None = None,
     mask: Bool[Array, "g s"] | None = None,
+    gains: tuple[float, ...] | None = None,
     block_sizes=None,
 ) -> tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]:
     """`(outs, lse)` by definition, in float32; a row without keys gives zeros and -inf."""
@@ -35,5 +36,8 @@ def attend(
         lse = jnp.where(some, lse, -jnp.inf)
         p = jax.nn.softmax(x, axis=-1, where=jnp.where(some[..., None], keep, True))
         p = jnp.where(keep, p, 0)
-    outs = tuple(jnp.einsum("gns,gse->gne", p, v.astype(wide), precision=highest) for v in values)
+    outs = tuple(
+        gain * jnp.einsum("gns,gse->gne", p, v.astype(wide), precision=highest)
+        for gain, v in zip(gains or (1.0,) * len(values), values, strict=True)
+    )
     return outs, lse

@@ -19,6 +19,7 @@ def attend(
     scale: float,
     bias: Float[Array, "g s"] | None = None,
     mask: Bool[Array, "g s"] | None = None,
+    gains: tuple[float, ...] | None = None,
     block_sizes: BlockSizes,
 ) -> tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]:
     """`(outs, lse)` with at most `block_sizes.scores()` scores alive at once.
@@ -28,7 +29,9 @@ def attend(
     """
     budget = block_sizes.scores()
     rows, keys = q.shape[1], k.shape[1]
-    chunk = functools.partial(_attend_chunk, scale=scale)
+    chunk = functools.partial(
+        _attend_chunk, scale=scale, gains=gains or (1.0,) * len(values)
+    )
     if rows * keys <= budget:
         return map_chunks(chunk, budget // (rows * keys), q, k, values, bias, mask)
 
@@ -45,7 +48,7 @@ def attend(
     return jax.lax.map(one_group, (q, k, values, bias, mask))
 
 
-def _attend_chunk(q, k, values, bias, mask, *, scale):
+def _attend_chunk(q, k, values, bias, mask, *, scale, gains):
     wide, exact = accumulator(q.dtype), precision(q.dtype)
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=wide)
     x = scale * dot("gnd,gsd->gns", q, k)
@@ -64,5 +67,8 @@ def _attend_chunk(q, k, values, bias, mask, *, scale):
         some = mask.any(-1)[:, None]
         total = jnp.where(some, p.sum(-1), 1)
         lse = jnp.where(some, top[..., 0] + jnp.log(total), -jnp.inf)
-    outs = tuple(dot("gns,gse->gne", p.astype(v.dtype), v) / total[..., None] for v in values)
+    outs = tuple(
+        dot("gns,gse->gne", p.astype(v.dtype), v) * (gain / total[..., None])
+        for gain, v in zip(gains, values, strict=True)
+    )
     return outs, lse

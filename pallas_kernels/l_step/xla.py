@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..attend.xla import attend
 from ..block_sizes import BlockSizes
-from ..chunks import map_chunks
+from ..chunks import map_chunks, map_slices
 from ..numerics import MASKED, TINY_MASS, accumulator, precision
 
 
@@ -22,9 +22,16 @@ def last(
     block_sizes: BlockSizes,
 ) -> tuple[Float[Array, "m b e"], Float[Array, "m b"]]:
     """`(out, lse)`: for each position, attention of the rows `l` on the key blocks `k`."""
-    q, al, y = (x.swapaxes(0, 1) for x in (q, al, y))
-    mask = None if key_blocks is None else jnp.broadcast_to(key_blocks, al.shape[:2])
-    (out,), lse = attend(q, al, (y,), scale=1.0, bias=-cl.T, mask=mask, block_sizes=block_sizes)
+    budget = block_sizes.scores()
+    rows, blocks = q.shape[0], al.shape[0]
+
+    def some_positions(q, al, cl, y):
+        q, al, y = (x.swapaxes(0, 1) for x in (q, al, y))
+        mask = None if key_blocks is None else jnp.broadcast_to(key_blocks, al.shape[:2])
+        (out,), lse = attend(q, al, (y,), scale=1.0, bias=-cl.T, mask=mask, block_sizes=block_sizes)
+        return out, lse
+
+    out, lse = map_slices(some_positions, budget // (rows * blocks), q, al, cl, y)
     return out.swapaxes(0, 1), lse.T
 
 
@@ -47,14 +54,13 @@ def middle(
     """
     budget = block_sizes.scores()
     rows, blocks = q.shape[0], al.shape[0]
-    q, al, cl = q.swapaxes(0, 1), al.swapaxes(0, 1), cl.T
-    queries = None if queries is None else queries.T
     floor = max(floor, TINY_MASS)
     if rows * blocks <= budget:
         chunk = functools.partial(_middle_chunk, floor=floor, key_blocks=key_blocks)
-        qt = map_chunks(chunk, budget // (rows * blocks), q, al, cl, queries)
-        return qt.swapaxes(0, 1)
+        return map_slices(chunk, budget // (rows * blocks), q, al, cl, queries).swapaxes(0, 1)
 
+    q, al, cl = q.swapaxes(0, 1), al.swapaxes(0, 1), cl.T
+    queries = None if queries is None else queries.T
     mask = None if key_blocks is None else jnp.broadcast_to(key_blocks, cl.shape)
     _, lse = attend(q, al, (), scale=1.0, bias=-cl, mask=mask, block_sizes=block_sizes)
 
@@ -82,6 +88,8 @@ def _dot(formula, x, y):
 
 
 def _middle_chunk(q, al, cl, queries, *, floor, key_blocks):
+    q, al, cl = q.swapaxes(0, 1), al.swapaxes(0, 1), cl.T
+    queries = None if queries is None else queries.T
     f = _dot("jld,jkd->jlk", q, al) - cl[:, None, :]
     if key_blocks is not None:
         f = jnp.where(key_blocks, f, MASKED)
