@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import vmonarch_jax as vm
 
 from .labels import MOTIONS, PHOTOS
+from .spectrum import Spectrum
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -21,7 +22,6 @@ class VideoDiTConfig:
       frames: frames of the videos it is trained on.
       height: their height in pixels.
       width: their width in pixels.
-      channels: their colour channels.
       patch: frames, rows and columns of pixels in one token.
       dim: width of the residual stream.
       depth: transformer blocks.
@@ -31,7 +31,7 @@ class VideoDiTConfig:
       caption_dim: length of the caption vector; 0 means no caption.
       rope_theta: base of the rotary frequencies. Small grids want a small one: with 10,000 most
         of a head would turn by less than a degree over eight tokens.
-      data_std: standard deviation of the videos' values, which `VideoDiT` scales itself by.
+      spectrum: what is known of the videos before any training.
       dtype: "float32" or "bfloat16" of the matmuls; norms and modulation stay float32.
       scan_layers: run the blocks under `lax.scan` (compiles once for all of them).
       remat: recompute each block in the backward pass instead of keeping its activations.
@@ -43,7 +43,6 @@ class VideoDiTConfig:
     frames: int = 16
     height: int = 32
     width: int = 32
-    channels: int = 3
     patch: tuple[int, int, int] = (1, 4, 4)
     dim: int = 192
     depth: int = 6
@@ -52,7 +51,7 @@ class VideoDiTConfig:
     classes: int = len(MOTIONS)
     caption_dim: int = len(PHOTOS)
     rope_theta: float = 100.0
-    data_std: float = 0.5
+    spectrum: Spectrum = Spectrum()
     dtype: str = "float32"
     scan_layers: bool = False
     remat: bool = False
@@ -61,7 +60,7 @@ class VideoDiTConfig:
         object.__setattr__(self, "patch", tuple(self.patch))
         if len(self.patch) != 3 or min(self.patch) < 1:
             raise ValueError(f"expected patch of 3 positive sizes, got {self.patch}")
-        for name in ("frames", "height", "width", "channels", "dim", "depth", "heads", "mlp_ratio"):
+        for name in ("frames", "height", "width", "dim", "depth", "heads", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
         if self.classes < 1 or self.caption_dim < 0:
@@ -74,9 +73,10 @@ class VideoDiTConfig:
                 "expected dim = heads * head_dim with an even head_dim >= 6, "
                 f"got dim {self.dim} and heads {self.heads}"
             )
-        for name in ("rope_theta", "data_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        if isinstance(self.spectrum, dict):  # as it comes back from JSON
+            object.__setattr__(self, "spectrum", Spectrum(**self.spectrum))
+        if not self.rope_theta > 0:
+            raise ValueError(f"expected rope_theta > 0, got {self.rope_theta}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"expected dtype of {sorted(_DTYPES)}, got {self.dtype!r}")
         self.grid_of((self.frames, self.height, self.width))
@@ -93,8 +93,8 @@ class VideoDiTConfig:
 
     @property
     def video_shape(self) -> tuple[int, int, int, int]:
-        """Frames, height, width and channels of one training video."""
-        return (self.frames, self.height, self.width, self.channels)
+        """Frames, height, width and colours of one training video."""
+        return (self.frames, self.height, self.width, 3)
 
     @property
     def grid(self) -> vm.VideoGrid:

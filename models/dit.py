@@ -16,9 +16,11 @@ import vmonarch_jax as vm
 from .config import VideoDiTConfig
 from .layers import AttentionMethod, Block, layer_norm
 from .rope import rope_angles
+from .spectrum import from_modes, to_modes, wiener
 
 _TIME_FREQUENCIES = 64
 _PLACE_OCTAVES = 4
+_VIDEO_STD = 0.5  # of pixels in [-1, 1]
 
 
 def time_features(t: Float[Array, " batch"]) -> Float[Array, "batch features"]:
@@ -40,24 +42,12 @@ def place_features(grid: vm.VideoGrid) -> Float[Array, "seq features"]:
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
 
 
-def velocity_scales(t: Float[Array, " batch"], data_std: float) -> tuple[Array, Array, Array]:
-    """Returns `(skip, scale_out, scale_in)` of `v = skip x + scale_out F(scale_in x, t)`.
-
-    Formula, for pixels of standard deviation `s` and `var = t^2 + (1 - t)^2 s^2`, the variance of
-    `x = (1 - t) video + t noise`: `skip = (t - (1 - t) s^2) / var` is the best linear guess of
-    `noise - video` from x, `scale_out = s / sqrt(var)` the deviation of what that leaves, and
-    `scale_in = 1 / sqrt(var)`. So the network F sees inputs and targets of variance one at every
-    t and never spends capacity on passing the noise through (EDM's preconditioning, on the
-    straight path).
-    """
-    variance = t**2 + ((1 - t) * data_std) ** 2
-    deviation = jnp.sqrt(variance)
-    skip = (t - (1 - t) * data_std**2) / variance
-    return skip, data_std / deviation, 1 / deviation
-
-
 class VideoDiT(nnx.Module):
     """A transformer that predicts the flow-matching velocity of a noised video.
+
+    The prediction is `wiener(x)`'s velocity, the best linear guess, plus what the network adds in
+    the modes where something is left to say. So an untrained model already is the best linear
+    denoiser, and training starts where pixels stop being predictable from their spectrum.
 
     Args:
       config: the sizes.
@@ -76,9 +66,9 @@ class VideoDiT(nnx.Module):
         dim = config.dim
         self.config = config
         self.attention = tuple(attention) if isinstance(attention, Sequence) else attention
-        patch_dim = math.prod(config.patch) * config.channels
+        patch_dim = 3 * math.prod(config.patch)
         zeros = nnx.initializers.zeros
-        self.embed = nnx.Linear(patch_dim, dim, rngs=rngs)
+        self.embed = nnx.Linear(2 * patch_dim, dim, rngs=rngs)
         self.place = nnx.Linear(6 * _PLACE_OCTAVES, dim, use_bias=False, rngs=rngs)
         self.time_in = nnx.Linear(2 * _TIME_FREQUENCIES, dim, rngs=rngs)
         self.time_out = nnx.Linear(dim, dim, rngs=rngs)
@@ -123,14 +113,15 @@ class VideoDiT(nnx.Module):
         angles = rope_angles(grid, config.head_dim, config.rope_theta)
         shared = einops.rearrange(self.modulation(condition), "z (six d) -> z six d", six=6)
         x, t = x.astype(jnp.float32), t.astype(jnp.float32)
-        skip, scale_out, scale_in = (
-            scale[:, None, None, None, None] for scale in velocity_scales(t, config.data_std)
-        )
-        h = self.embed(patchify(scale_in * x, config.patch)) + self.place(place_features(grid))
+        video, velocity, gain = wiener(x, t, config.spectrum)
+        # the network sees what is there and what linear statistics make of it, both near unit scale
+        scale = jax.lax.rsqrt(t**2 + ((1 - t) * _VIDEO_STD) ** 2)[:, None, None, None, None]
+        both = jnp.concatenate([scale * x, video / _VIDEO_STD], axis=-1)
+        h = self.embed(patchify(both, config.patch)) + self.place(place_features(grid))
         h = _layers(self.blocks, methods, h, shared, angles, grid, scan, remat)
         shift, scale = jnp.split(self.final_modulation(condition)[:, None], 2, axis=-1)
         out = unpatchify(self.unembed(layer_norm(h) * (1 + scale) + shift), config.patch, grid)
-        return skip * x + scale_out * out
+        return velocity + from_modes(gain * to_modes(out))
 
     def _condition(self, t, label, caption) -> Float[Array, "batch dim"]:
         condition = self.time_out(jax.nn.silu(self.time_in(time_features(t)))) + self.label(label)
@@ -154,10 +145,8 @@ class VideoDiT(nnx.Module):
 
     def _check(self, x, t, label, caption) -> None:
         config = self.config
-        if x.ndim != 5 or x.shape[-1] != config.channels:
-            raise ValueError(
-                f"expected x [batch, frames, height, width, {config.channels}], got {x.shape}"
-            )
+        if x.ndim != 5 or x.shape[-1] != 3:
+            raise ValueError(f"expected x [batch, frames, height, width, 3], got {x.shape}")
         if t.shape != x.shape[:1] or label.shape != x.shape[:1]:
             raise ValueError(
                 f"expected t and label of shape {x.shape[:1]}, got {t.shape} and {label.shape}"

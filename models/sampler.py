@@ -114,7 +114,7 @@ def sample(
     if start is None:
         if key is None:
             raise ValueError("expected a key, or start=(x, t), got neither")
-        shape = (*(size or config.video_shape[:3]), config.channels)
+        shape = (*(size or config.video_shape[:3]), 3)
         start = jax.random.normal(key, (*label.shape, *shape)), 1.0
     x, begin = start
     times = time_steps(steps, shift, begin)
