@@ -1,4 +1,4 @@
-"""Doing a large thing a chunk at a time."""
+"""Doing a large thing a chunk at a time, forward and backward."""
 
 import functools
 from collections.abc import Callable
@@ -21,56 +21,104 @@ def chunk_length(length: int, most: int) -> int:
     return most
 
 
-def map_slices(function: Callable[..., Any], most: int, *arrays: Any) -> Any:
-    """Like `map_chunks` along the second axis of `arrays`, which `function` moves to the front.
+def map_chunks(
+    function: Callable[..., Any], most: int, *arrays: Any, shared: Any = (), axis: int = 0
+) -> Any:
+    """`function(shared, *arrays)`, computed over chunks of at most `most` along `axis`.
 
-    Slices are cut where the arrays lie, so no second copy of them in another order is made.
+    `arrays` are pytrees (`None` included) whose leaves have the length of the first leaf along
+    `axis`, 0 or 1; `function` treats the entries of that axis apart from each other, and its
+    results carry it in front. Every chunk sees all of `shared`. Chunks along axis 1 are cut where
+    the arrays lie, so no copy of them in another order is made.
+
+    Nothing but the inputs and outputs of a chunk outlives it: the backward pass runs each chunk
+    again, and adds up the gradients of `shared`. (JAX's own gradient of a loop keeps a stacked
+    copy of each chunk's inputs.)
     """
-    function = jax.checkpoint(function)
-    length = jax.tree.leaves(arrays)[0].shape[1]
+    length = jax.tree.leaves(arrays)[0].shape[axis]
     size = chunk_length(length, most)
     if size == length:
-        return function(*arrays)
+        return jax.checkpoint(function)(shared, *arrays)
+    whole = length // size * size
+    if whole == length:
+        return _map(function, size, axis, shared, arrays)
 
-    def at(start: Any, size: int) -> Any:
-        cut = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
-        )
-        return function(*jax.tree.map(cut, arrays))
+    def part(start: int, stop: int) -> Any:
+        return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, stop, axis=axis), arrays)
 
-    count = length // size
-    result = jax.lax.map(lambda index: at(index * size, size), jnp.arange(count))
-    result = jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:]), result)
-    if count * size == length:
-        return result
-    rest = at(count * size, length - count * size)
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), result, rest)
+    most_of_it = _map(function, size, axis, shared, part(0, whole))
+    rest = jax.checkpoint(function)(shared, *part(whole, length))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), most_of_it, rest)
 
 
-def map_chunks(function: Callable[..., Any], most: int, *arrays: Any) -> Any:
-    """`function(*arrays)`, computed over chunks of at most `most` along the leading axis.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _map(function: Any, size: int, axis: int, shared: Any, arrays: Any) -> Any:
+    count = jax.tree.leaves(arrays)[0].shape[axis] // size
 
-    `function` must treat the entries of the leading axis apart from each other. `arrays` are
-    pytrees (`None` included) whose leaves share that axis, and so are the results. Nothing but
-    the inputs and outputs of a chunk outlives it, in the forward and in the backward pass.
-    """
-    function = jax.checkpoint(function)
-    length = jax.tree.leaves(arrays)[0].shape[0]
-    size = chunk_length(length, most)
-    if size == length:
-        return function(*arrays)
-    if size == 1:
-        # Without an axis of one entry: to the compiler a transpose of it would be a copy.
-        def entry(arrays: Any) -> Any:
-            result = function(*jax.tree.map(lambda x: x[None], arrays))
-            return jax.tree.map(lambda x: x[0], result)
+    def chunk(index: Any) -> Any:
+        return function(shared, *_cut(arrays, index, size, axis))
 
-        return jax.lax.map(entry, arrays)
-    count = length // size
-    body = jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), arrays)
-    result = jax.lax.map(lambda chunk: function(*chunk), body)
-    result = jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:]), result)
-    if count * size == length:
-        return result
-    rest = function(*jax.tree.map(lambda x: x[count * size :], arrays))
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), result, rest)
+    return _unstack(jax.lax.map(chunk, jnp.arange(count)), 0)
+
+
+def _map_forward(function, size, axis, shared, arrays):
+    return _map(function, size, axis, shared, arrays), (shared, arrays)
+
+
+def _map_backward(function, size, axis, saved, gradient):
+    shared, arrays = saved
+    count = jax.tree.leaves(arrays)[0].shape[axis] // size
+    shared_floats = _floats(shared)
+
+    def chunk(total: Any, index: Any) -> Any:
+        some = _cut(arrays, index, size, axis)
+
+        def run(shared_floats: list[Any], some_floats: list[Any]) -> Any:
+            return function(_replace(shared, shared_floats), *_replace(some, some_floats))
+
+        _, pullback = jax.vjp(run, shared_floats, _floats(some))
+        of_shared, of_chunk = pullback(_cut(gradient, index, size, 0))
+        return jax.tree.map(jnp.add, total, of_shared), of_chunk
+
+    zeros = jax.tree.map(jnp.zeros_like, shared_floats)
+    total, stacked = jax.lax.scan(chunk, zeros, jnp.arange(count))
+    of_arrays = _unstack(stacked, axis)
+    return _replace(shared, total, masks=False), _replace(arrays, of_arrays, masks=False)
+
+
+_map.defvjp(_map_forward, _map_backward)
+
+
+def _cut(tree: Any, index: Any, size: int, axis: int) -> Any:
+    """Chunk `index` of every leaf."""
+
+    def cut(x: Any) -> Any:
+        return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+    return jax.tree.map(cut, tree)
+
+
+def _unstack(tree: Any, axis: int) -> Any:
+    """`[chunks, size, ...]` (or `[chunks, n, size, ...]` for axis 1) as one array."""
+
+    def whole(x: Any) -> Any:
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    return jax.tree.map(whole, tree)
+
+
+def _floats(tree: Any) -> list[Any]:
+    """The leaves that have gradients; masks have none."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def _replace(tree: Any, floats: list[Any], masks: bool = True) -> Any:
+    """`tree` with other floating leaves, and with its masks or with `None` in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    fresh = iter(floats)
+    leaves = [
+        next(fresh) if jnp.issubdtype(x.dtype, jnp.floating) else (x if masks else None)
+        for x in leaves
+    ]
+    return jax.tree.unflatten(structure, leaves)

@@ -156,15 +156,13 @@ def monarch_part(
     def head(q, k, v, queries, keys):
         if tiles == 1:
             return tile(q, queries, k, v, keys)
-        one = functools.partial(tile, k=k, v=v, keys=keys)
-        if not backend.loops:
-            return jax.vmap(one)(q, queries)
-        # Checkpointed: the linearised blocks of all tile pairs are `tiles` times as large as K.
-        at_once = block_sizes.scores() // (tiles * m * b * b)
-        if at_once <= 1:
-            one = jax.checkpoint(one)
-            return jax.lax.map(lambda x: one(*x), (q, queries))
-        return map_chunks(jax.vmap(one), at_once, q, queries)
+
+        def some_tiles(fixed, q, queries):
+            return jax.vmap(lambda q, queries: tile(q, queries, *fixed))(q, queries)
+
+        # The linearised blocks of all tile pairs would be `tiles` times as large as K.
+        at_once = block_sizes.scores() // (tiles * m * b * b) if backend.loops else tiles
+        return map_chunks(some_tiles, at_once, q, queries, shared=(k, v, keys))
 
     def flat(x, *shape):
         return None if x is None else x.reshape(-1, *shape, *x.shape[5:])

@@ -1,6 +1,7 @@
 """`attend` on any device: the scores of a chunk of rows or groups at a time."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,26 +30,27 @@ def attend(
     """
     budget = block_sizes.scores()
     rows, keys = q.shape[1], k.shape[1]
-    chunk = functools.partial(
-        _attend_chunk, scale=scale, gains=gains or (1.0,) * len(values)
-    )
-    if rows * keys <= budget:
+    chunk = functools.partial(_attend_chunk, scale=scale, gains=gains or (1.0,) * len(values))
+    if rows * keys <= budget or rows == 1:
         return map_chunks(chunk, budget // (rows * keys), q, k, values, bias, mask)
 
-    def one_group(group):
+    def one_group(group: Any) -> Any:
         q, *fixed = group
-        fixed = jax.tree.map(lambda x: x[None], fixed)
+        fixed = jax.tree.map(lambda x: x[None], tuple(fixed))
+        return map_chunks(some_rows, budget // keys, q, shared=fixed)
 
-        def some_rows(q):
-            outs, lse = chunk(q[None], *fixed)
-            return tuple(out[0] for out in outs), lse[0]
+    def some_rows(fixed: Any, q: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], chunk((), q[None], *fixed))
 
-        return map_chunks(some_rows, budget // keys, q)
+    arrays = (q, k, values, bias, mask)
+    if q.shape[0] == 1:
+        out = one_group(jax.tree.map(lambda x: x[0], arrays))
+        return jax.tree.map(lambda x: x[None], out)
+    return jax.lax.map(one_group, arrays)
 
-    return jax.lax.map(one_group, (q, k, values, bias, mask))
 
-
-def _attend_chunk(q, k, values, bias, mask, *, scale, gains):
+def _attend_chunk(shared, q, k, values, bias, mask, *, scale, gains):
+    del shared
     wide, exact = accumulator(q.dtype), precision(q.dtype)
     dot = functools.partial(jnp.einsum, precision=exact, preferred_element_type=wide)
     x = scale * dot("gnd,gsd->gns", q, k)

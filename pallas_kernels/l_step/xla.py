@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..attend.xla import attend
 from ..block_sizes import BlockSizes
-from ..chunks import map_chunks, map_slices
+from ..chunks import map_chunks
 from ..numerics import MASKED, TINY_MASS, accumulator, precision
 
 
@@ -25,13 +25,14 @@ def last(
     budget = block_sizes.scores()
     rows, blocks = q.shape[0], al.shape[0]
 
-    def some_positions(q, al, cl, y):
+    def some_positions(key_blocks, q, al, cl, y):
         q, al, y = (x.swapaxes(0, 1) for x in (q, al, y))
         mask = None if key_blocks is None else jnp.broadcast_to(key_blocks, al.shape[:2])
         (out,), lse = attend(q, al, (y,), scale=1.0, bias=-cl.T, mask=mask, block_sizes=block_sizes)
         return out, lse
 
-    out, lse = map_slices(some_positions, budget // (rows * blocks), q, al, cl, y)
+    most = budget // (rows * blocks)
+    out, lse = map_chunks(some_positions, most, q, al, cl, y, shared=key_blocks, axis=1)
     return out.swapaxes(0, 1), lse.T
 
 
@@ -56,8 +57,10 @@ def middle(
     rows, blocks = q.shape[0], al.shape[0]
     floor = max(floor, TINY_MASS)
     if rows * blocks <= budget:
-        chunk = functools.partial(_middle_chunk, floor=floor, key_blocks=key_blocks)
-        return map_slices(chunk, budget // (rows * blocks), q, al, cl, queries).swapaxes(0, 1)
+        chunk = functools.partial(_middle_chunk, floor=floor)
+        most = budget // (rows * blocks)
+        qt = map_chunks(chunk, most, q, al, cl, queries, shared=key_blocks, axis=1)
+        return qt.swapaxes(0, 1)
 
     q, al, cl = q.swapaxes(0, 1), al.swapaxes(0, 1), cl.T
     queries = None if queries is None else queries.T
@@ -67,14 +70,16 @@ def middle(
     def one_position(position):
         q, al, cl, queries, lse = position
 
-        def some_blocks(al, cl, key_blocks):
+        def some_blocks(rows_of_it, al, cl, key_blocks):
+            q, queries, lse = rows_of_it
             f = _dot("ld,kd->lk", q, al) - cl
             if key_blocks is not None:
                 f = jnp.where(key_blocks, f, MASKED)
             weights = _drop(jnp.exp(f - lse[:, None]), queries, key_blocks)
             return _mean_queries(weights[None], q[None], floor)[0]
 
-        return map_chunks(some_blocks, budget // rows, al, cl, key_blocks)
+        blocks_of_it = (al, cl, key_blocks)
+        return map_chunks(some_blocks, budget // rows, *blocks_of_it, shared=(q, queries, lse))
 
     if key_blocks is not None:
         # exp(masked - (-inf)) would be inf where no key block is left at all.
@@ -87,7 +92,7 @@ def _dot(formula, x, y):
     return jnp.einsum(formula, x, y, precision=exact, preferred_element_type=accumulator(x.dtype))
 
 
-def _middle_chunk(q, al, cl, queries, *, floor, key_blocks):
+def _middle_chunk(key_blocks, q, al, cl, queries, *, floor):
     q, al, cl = q.swapaxes(0, 1), al.swapaxes(0, 1), cl.T
     queries = None if queries is None else queries.T
     f = _dot("jld,jkd->jlk", q, al) - cl[:, None, :]
