@@ -2,8 +2,10 @@
 
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 
+from . import flops
 from .certificate import attention_gap
 from .dense import dense_attention
+from .explain import Explanation, explain
 from .grid import VideoGrid
 from .methods import Attention, Dense, TiledMonarch, VMonarch
 from .parts import Part, merge_attention
@@ -16,12 +18,15 @@ __all__ = [
     "Attention",
     "BlockSizes",
     "Dense",
+    "Explanation",
     "Part",
     "TiledMonarch",
     "VMonarch",
     "VideoGrid",
     "attention_gap",
     "dense_attention",
+    "explain",
+    "flops",
     "merge_attention",
     "monarch_attention",
     "tiled_monarch_attention",

@@ -59,9 +59,7 @@ def attention_gap(
         checks.grid_of(grid, query.shape[1])
     lse = jnp.asarray(lse)
     if lse.shape != query.shape[:3]:
-        raise ValueError(
-            f"`lse` must be [batch, seq, heads] = {query.shape[:3]}, got {lse.shape}"
-        )
+        raise ValueError(f"`lse` must be [batch, seq, heads] = {query.shape[:3]}, got {lse.shape}")
     if rows is not None:
         rows = jnp.asarray(rows)
         if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):

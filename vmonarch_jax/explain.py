@@ -1,0 +1,152 @@
+"""What a call would do: which implementation runs, why, and what it costs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vmonarch_jax.pallas_kernels.numerics import accumulator
+
+from . import checks, flops
+from .dispatch import Implementation, attempts
+from .grid import VideoGrid, positive_int
+from .methods import Dense, VMonarch
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `vm.explain` found; `str()` of it is the report.
+
+    Args:
+        method: the method value.
+        grid: the token grid.
+        implementation: the name of the implementation that runs.
+        passed_over: `(name, reason)` of those tried before it.
+        tiling: `(tiles, blocks in a tile, positions in a block)`; `None` for dense attention.
+        flops: matmul FLOPs of the forward pass, all heads.
+        dense_flops: the same of dense attention.
+        qkvo_bytes: bytes of query, key, value and output, each once.
+        score_bytes: bytes of the largest chunk of scores held at once; `None` where all of them
+            are.
+        notes: one line each.
+    """
+
+    method: Any
+    grid: VideoGrid
+    implementation: str
+    passed_over: tuple[tuple[str, str], ...]
+    tiling: tuple[int, int, int] | None
+    flops: int
+    dense_flops: int
+    qkvo_bytes: int
+    score_bytes: int | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        frames, height, width = self.grid.shape
+        lines = [
+            f"{self.method}",
+            f"grid            {frames} x {height} x {width} = {self.grid.tokens:,} tokens",
+        ]
+        if self.tiling is not None:
+            tiles, blocks, positions = self.tiling
+            lines.append(
+                f"structure       {tiles} tile(s) of {blocks} blocks of {positions} tokens"
+            )
+        ratio = self.dense_flops / self.flops
+        lines += [
+            f"runs on         {self.implementation!r} ({jax.default_backend()})",
+            *(f"  passed over   {name!r}: {reason}" for name, reason in self.passed_over),
+            (
+                f"matmul FLOPs    {self.flops:.4g} forward, {ratio:.2f}x fewer than dense "
+                f"({self.dense_flops:.4g})"
+            ),
+            f"q, k, v, out    {self.qkvo_bytes / 2**20:.1f} MiB",
+        ]
+        if self.score_bytes is not None:
+            lines.append(f"scores at once  {self.score_bytes / 2**20:.1f} MiB at most")
+        lines += [f"note            {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def explain(
+    method: Any,
+    grid: Any,
+    *,
+    heads: int = 12,
+    head_dim: int = 128,
+    batch: int = 1,
+    dtype: Any = jnp.bfloat16,
+    implementation: Implementation = None,
+    block_sizes: Any = None,
+) -> Explanation:
+    """Which kernel runs for `method` on `grid`, why, and what it costs; nothing is computed.
+
+    Args:
+        method: a `vm.Dense`, `vm.VMonarch` or `vm.TiledMonarch` value.
+        grid: a `vm.VideoGrid` or `(frames, height, width)`, in tokens.
+        heads: number of heads.
+        head_dim: of query, key and value.
+        batch: entries of the batch.
+        dtype: of query, key and value.
+        implementation: as in the call.
+        block_sizes: as in the call.
+
+    Returns:
+        An `Explanation`; print it.
+
+    Raises:
+        ValueError: if an option is wrong.
+        TypeError: if `method` is no method value.
+        NotImplementedError: if no named implementation can do the call.
+
+    Example:
+        >>> print(vm.explain(vm.VMonarch(), vm.VideoGrid(21, 30, 52)))
+    """
+    grid = VideoGrid.of(grid)
+    batch = positive_int("batch", batch)
+    block_sizes = checks.block_sizes_of(block_sizes)
+    size = jnp.dtype(dtype).itemsize
+    count = batch * flops.attention(method, grid, heads=heads, head_dim=head_dim)
+    dense = batch * flops.attention(Dense(), grid, heads=heads, head_dim=head_dim)
+    passed, chosen = [], None
+    for name, backend, reason in attempts(implementation):
+        if backend is not None:
+            chosen = backend
+            break
+        passed.append((name, reason))
+    if chosen is None:
+        raise NotImplementedError(
+            "no named implementation can do this call: "
+            + "; ".join(f"{name!r}: {reason}" for name, reason in passed)
+        )
+    notes, tiling = [], None
+    if isinstance(method, VMonarch):
+        cut = flops.tiling_of(method, grid)
+        tiling = cut.sizes
+        if cut.padded != grid.shape:
+            notes.append(f"padded from {grid.shape} to {cut.padded} to fit whole blocks")
+        frames = checks.frames_of(method.recompute_frames, grid)
+        if frames:
+            share = batch * 4 * len(frames) * grid.frame_tokens * grid.tokens * head_dim * heads
+            notes.append(f"exact rows of {len(frames)} frame(s): {share / count:.0%} of the FLOPs")
+    if count >= dense and not isinstance(method, Dense):
+        notes.append("no fewer FLOPs than dense attention: use vm.Dense() here")
+    score_bytes = None
+    if chosen.loops:
+        score_bytes = block_sizes.scores() * accumulator(dtype).itemsize
+    else:
+        notes.append("holds all scores at once: for small sizes and for checking")
+    return Explanation(
+        method=method,
+        grid=grid,
+        implementation=chosen.name,
+        passed_over=tuple(passed),
+        tiling=tiling,
+        flops=count,
+        dense_flops=dense,
+        qkvo_bytes=4 * batch * grid.tokens * heads * head_dim * size,
+        score_bytes=score_bytes,
+        notes=tuple(notes),
+    )
