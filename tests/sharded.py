@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from cases import cotangents_of, inputs_of, library, make
 from compiling import jit
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 CASES = {
@@ -18,7 +18,7 @@ CASES = {
     "vmonarch": make("vmonarch", 3, 2, 4, heads=4),
     "tiled": make("tiled", 3, 2, 4, heads=4),
 }
-MESH = jax.make_mesh((2, 4), ("data", "heads"))
+MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "heads"))
 TOKENS = P("data", None, "heads", None)
 ROWS = P("data", None, "heads")
 
@@ -51,6 +51,8 @@ def main():
             key = f"{name} {implementation}"
             found[f"{key} shard_map"] = distance(got, want)
             assert got[0].sharding.is_equivalent_to(NamedSharding(MESH, TOKENS), 4), key
+            if implementation == "reference":
+                continue
             # Left to the compiler: arrays that lie sharded over batch and heads.
             shardings = jax.tree.map(lambda spec: NamedSharding(MESH, spec), specs)
             placed = jax.device_put(arguments, shardings)

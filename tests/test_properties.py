@@ -55,6 +55,11 @@ def compiled(function, **keywords):
     return jit(functools.partial(function, return_lse=True, **keywords))
 
 
+@functools.cache
+def compiled_gap():
+    return jit(vm.attention_gap)
+
+
 def monarch(arrays, grid, block, tile, steps, implementation, **keywords):
     key_mask = keywords.pop("key_mask", None)
     function = compiled(
@@ -129,7 +134,7 @@ def test_certificate_is_the_divergence(layout, implementation):
     exact = oracle.dense(*arrays)
     by_definition = oracle.kl(oracle.monarch_grid(*arrays, **layout).matrix, exact.matrix)
     query, key, value = arrays
-    gap = vm.attention_gap(query, key, lse)
+    gap = compiled_gap()(query, key, lse)
     assert gap.shape == lse.shape
     assert_close(gap, by_definition, "float32", "kl")
     slack = TOLERANCES["float32", "kl"] * max(1, np.abs(exact.lse).max())
@@ -149,7 +154,7 @@ def test_gap_of_some_rows(rows, masked):
     part = oracle.monarch_sequence(*arrays, block_size=6, key_mask=mask)
     by_definition = oracle.kl(part.matrix, oracle.dense(*arrays, key_mask=mask).matrix)
     picked = np.random.default_rng(rows).permutation(n)[:rows]
-    gap = vm.attention_gap(
+    gap = compiled_gap()(
         *arrays[:2], jnp.asarray(part.lse, jnp.float32), rows=jnp.asarray(picked),
         key_mask=None if mask is None else jnp.asarray(mask),
     )  # fmt: skip
@@ -177,7 +182,7 @@ def test_merging_is_joint_attention(first, second, queries, implementation, dtyp
     query, cut = query[:, :queries], slice(first, first + second)
     attend = compiled(vm.dense_attention, implementation=implementation)
     parts = [attend(query, key[:, s], value[:, s]) for s in (slice(0, first), cut)]
-    out, lse = vm.merge_attention(parts)
+    out, lse = jit(vm.merge_attention)(parts)
     want = oracle.dense(query, key[:, : first + second], value[:, : first + second])
     assert out.dtype == dtype
     assert lse.dtype == jnp.float32
@@ -214,16 +219,15 @@ def test_exact_key_frames_with_a_monarch_remainder(exact_frames, implementation)
     )
     by_definition = oracle.kl(matrix, dense.matrix)
     assert_close(out, np.einsum("zhqk,zkhd->zqhd", matrix, np.asarray(value)), "float32", "forward")
-    assert_close(vm.attention_gap(query, key, lse), by_definition, "float32", "kl")
+    assert_close(compiled_gap()(query, key, lse), by_definition, "float32", "kl")
     assert by_definition.max() > 0.05, "an easy case proves nothing"
 
 
 def test_merging_with_a_part_that_saw_nothing():
     query, key, value = make_inputs(6)
-    part = vm.dense_attention(query, key, value, return_lse=True)
-    nothing = vm.dense_attention(
-        query, key, value, key_mask=jnp.zeros((1, 6), bool), return_lse=True
-    )
+    attend = compiled(vm.dense_attention)
+    part = attend(query, key, value)
+    nothing = attend(query, key, value, key_mask=jnp.zeros((1, 6), bool))
     for parts in ([part, nothing], [nothing, part], [part], [nothing, part, nothing]):
         out, lse = vm.merge_attention(parts)
         assert_close(out, part[0], "float32", "forward")
