@@ -16,11 +16,12 @@ import vmonarch_jax as vm
 
 from . import cli_options as options
 from .config import CONFIGS
+from .demo import add_demo
 from .export import load_model, load_params
 from .flow import FlowConfig
 from .pictures import save_gif, save_strip
 from .sampler import SOLVERS, sample
-from .step import TrainConfig
+from .step import OPTIMIZERS, TrainConfig
 from .train import train
 
 
@@ -29,6 +30,7 @@ def _add_run(parser: argparse.ArgumentParser, **defaults: float) -> None:
     options.add_attention(parser, str(defaults.pop("attention", "dense")))
     options.add_fields(parser, TrainConfig, **defaults)
     options.add_fields(parser, FlowConfig)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default adamw")
     parser.add_argument("--frames", type=int, help="frames of the training videos")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls")
     parser.add_argument("--scan-layers", action="store_true", default=None)
@@ -122,4 +124,4 @@ def _run_explain(args: argparse.Namespace) -> None:
 
 
 #: What `vmonarch` offers, in the order of its help.
-COMMANDS = (add_train, add_finetune, add_sample, add_explain)
+COMMANDS = (add_train, add_finetune, add_sample, add_demo, add_explain)
