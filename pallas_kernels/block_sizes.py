@@ -30,7 +30,7 @@ class BlockSizes:
         if self.xla_scores is None:
             return
         try:
-            positive = operator.index(self.xla_scores) > 0
+            positive = self.xla_scores is not True and operator.index(self.xla_scores) > 0
         except TypeError:
             positive = False
         if not positive:

@@ -9,7 +9,7 @@ MASKED = -1e30
 
 # Least attention that a key block's mean query is divided by when no floor is asked for:
 # a block that underflows to nothing keeps a mean query of zero instead of 0/0.
-TINY_MASS = 1e-20
+TINY_MASS = 1e-12
 
 
 def accumulator(dtype) -> jnp.dtype:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -66,6 +67,12 @@ def attention_gap(
             raise ValueError(
                 f"`rows` must be a 1-D array of token indices, got {rows.dtype} {rows.shape}"
             )
+        seq = query.shape[1]
+        # Under `jit` the indices have no values yet to look at.
+        if not isinstance(rows, jax.core.Tracer) and rows.size:
+            low, high = int(rows.min()), int(rows.max())
+            if low < -seq or high >= seq:
+                raise ValueError(f"`rows` must lie in {-seq}..{seq - 1}, got {low}..{high}")
         query, lse = query[:, rows], lse[:, rows]
     # One column of values, whose product is small: only the log-sum-exp is wanted.
     _, dense = dense_attention(

@@ -90,6 +90,6 @@ def dispatch(implementation: Implementation, call: Callable[[Backend], T]) -> T:
 
 
 def _version() -> str:
-    from vmonarch_jax import __version__
+    from . import __version__  # at the call: the package imports this module first
 
     return __version__

@@ -47,7 +47,9 @@ def monarch_tile(
     """
     tiles = k.shape[0] // q.shape[0]
     key_blocks = None if keys is None else keys.any(-1)
-    qt = jnp.tile(q, (tiles, 1, 1))
+    # A padded or masked query starts nothing either: what it holds must not matter.
+    first = q if queries is None else jnp.where(queries[..., None], q, 0)
+    qt = jnp.tile(first, (tiles, 1, 1))
     for _ in range(steps - 1):
         al, cl, _ = _r_step(qt, k, (), keys, scale, entropy_gradient, backend, block_sizes)
         qt = backend.l_middle(
