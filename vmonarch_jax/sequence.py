@@ -97,7 +97,8 @@ def monarch_attention(
         def heads(q: Any, k: Any, v: Any, mask: Any) -> Part:
             if mask is not None:
                 mask = blocks(mask[..., None])[..., 0]
-            part = monarch_part(*map(blocks, (q, k, v)), mask, mask, **settings, **on)
+            cut = [blocks(x) for x in (q, k, v)]
+            part = monarch_part(cut[0], cut[1], cut[2], mask, mask, **settings, **on)
             out = part.out.reshape(*part.out.shape[:2], -1, part.out.shape[-1])
             lse = part.lse.reshape(out.shape[:-1])
             return Part(out[:, :, before : before + seq], lse[:, :, before : before + seq])

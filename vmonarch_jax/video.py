@@ -100,7 +100,8 @@ def vmonarch_attention(
             if len(exact_frames) == grid.frames:
                 return dense_part(q, k, v, keys, scale=scale, **on)
             masks = _masks(tiling, keys, q.shape[0])
-            part = monarch_part(*map(tiling.split, (q, k, v)), *masks, **settings, **on)
+            cut = [tiling.split(x) for x in (q, k, v)]
+            part = monarch_part(cut[0], cut[1], cut[2], *masks, **settings, **on)
             part = Part(tiling.join(part.out), tiling.join(part.lse[..., None])[..., 0])
             if not exact_frames:
                 return part
