@@ -51,7 +51,7 @@ class VideoDiTConfig:
     classes: int = len(MOTIONS)
     caption_dim: int = len(PHOTOS)
     rope_theta: float = 100.0
-    spectrum: Spectrum = Spectrum()
+    spectrum: Spectrum = dataclasses.field(default_factory=Spectrum)
     dtype: str = "float32"
     scan_layers: bool = False
     remat: bool = False

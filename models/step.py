@@ -16,6 +16,8 @@ from .dit import VideoDiT
 from .flow import FlowConfig, flow_loss
 from .params import Params, split_params
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -24,7 +26,8 @@ class TrainConfig:
     Attributes:
       steps: optimizer steps; the cosine ends at zero after them.
       batch_size: videos a step.
-      learning_rate: peak learning rate.
+      optimizer: "adamw", or "muon" for the matrices of the blocks and AdamW for all else.
+      learning_rate: peak learning rate, of both.
       warmup_steps: steps of the linear rise to it.
       weight_decay: of matrices; vectors, norms and modulation have none.
       clip_norm: global norm that gradients are clipped to.
@@ -41,6 +44,7 @@ class TrainConfig:
 
     steps: int = 1200
     batch_size: int = 8
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -58,6 +62,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"expected an optimizer of {OPTIMIZERS}, got {self.optimizer!r}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
@@ -87,16 +93,34 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=lambda params: {name: name.endswith("kernel") for name in params},
-        ),
-    )
+    """AdamW, or Muon, behind a clip of the global gradient norm.
+
+    Muon makes the update of a matrix orthogonal, so that all of its directions learn at one pace;
+    `consistent_rms` gives those updates the size of AdamW's, and both then share a learning rate.
+    """
+    rate, decay = learning_rate(config), config.weight_decay
+
+    def kernels(params: Params) -> dict[str, bool]:
+        return {name: name.endswith("kernel") for name in params}
+
+    def block_kernels(params: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+        return {
+            name: optax.contrib.MuonDimensionNumbers() if kernel and "blocks." in name else None
+            for name, kernel in kernels(params).items()
+        }
+
+    if config.optimizer == "muon":
+        rule = optax.contrib.muon(
+            rate,
+            weight_decay=decay,
+            weight_decay_mask=kernels,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=block_kernels,
+            consistent_rms=0.2,
+        )
+    else:
+        rule = optax.adamw(rate, b2=config.beta2, weight_decay=decay, mask=kernels)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:

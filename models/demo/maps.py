@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -10,17 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from matplotlib import colors
-from matplotlib.patches import Rectangle
 
 import vmonarch_jax as vm
 
 from ..layers import AttentionMethod
-from ..pictures import to_uint8
 from . import style
 
 _CHUNK = 256  # columns of the matrix at once
 _DECADES = 3.0  # that the colour scale spans
-_MOST_CELLS = 256  # a side of a drawn matrix; larger ones are averaged down
+_MOST_CELLS = 128  # a side of a drawn matrix; larger ones are averaged down
 
 #: Title of a head, and its dense and approximate attention matrices.
 Head = tuple[str, Float[np.ndarray, "seq seq"], Float[np.ndarray, "seq seq"]]
@@ -38,13 +37,17 @@ def attention_matrix(
     columns of the matrix, whatever the method is.
     """
     eye = jnp.eye(grid.tokens)
+    parts = [
+        np.asarray(_columns(method, grid, q, k, eye[:, n : n + _CHUNK]))
+        for n in range(0, grid.tokens, _CHUNK)
+    ]
+    return np.concatenate(parts, axis=1)
 
-    @jax.jit
-    def columns(value):
-        return method(q[None, :, None], k[None, :, None], value[None, :, None], grid=grid)[0, :, 0]
 
-    parts = [columns(eye[:, n : n + _CHUNK]) for n in range(0, grid.tokens, _CHUNK)]
-    return np.concatenate([np.asarray(part) for part in parts], axis=1)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _columns(method, grid, q, k, value):
+    q, k, value = (x[None, :, None] for x in (q, k, value))
+    return method(q, k, value, grid=grid)[0, :, 0]
 
 
 def pick_heads(
@@ -53,17 +56,17 @@ def pick_heads(
     """Returns `(title, layer, head)` of the heads with the lowest, middle and highest mean KL."""
     means = gap.mean((1, 2))
     order = np.argsort(means, axis=None)
-    picks = dict.fromkeys((order[0], order[(len(order) - 1) // 2], order[-1]))
-    words = ("closest", "median", "worst")[-len(picks) :]
+    # in this order, so that of two heads one is the closest and one the worst
+    picks = {order[(len(order) - 1) // 2]: "median", order[-1]: "worst", order[0]: "closest"}
     found = []
-    for word, flat in zip(words, picks, strict=True):
+    for flat, word in sorted(picks.items(), key=lambda item: means.flat[item[0]]):
         layer, head = (int(n) for n in np.unravel_index(flat, means.shape))
         title = f"layer {layer + 1}, head {head + 1} ({word})\nmean KL {means[layer, head]:.3f}"
         found.append((title, layer, head))
     return found
 
 
-def _norms(tokens: int) -> tuple[colors.Normalize, colors.Normalize]:
+def norms(tokens: int) -> tuple[colors.Normalize, colors.Normalize]:
     """Returns the shared log scale around uniform attention, 1 / tokens, and one for differences.
 
     Both end at the same value; differences below the log scale's floor fade to white.
@@ -76,25 +79,15 @@ def _norms(tokens: int) -> tuple[colors.Normalize, colors.Normalize]:
     )
 
 
-def _bars(figure, shown, difference, axes_shown, axes_difference, tokens: int) -> None:
-    """Draws the two colour bars; ticks are decades."""
-    kwargs = {"orientation": "horizontal", "aspect": 30, "pad": 0.02}
-    bar = figure.colorbar(shown, ax=axes_shown, extend="both", **kwargs)
-    bar.set_label(f"attention (uniform: 1/{tokens:,})")
-    bar = figure.colorbar(difference, ax=axes_difference, extend="both", **kwargs)
-    top = difference.norm.vmax
-    decades = 10.0 ** np.floor(np.log10(top))
-    ticks = [-decades, -decades / 10, 0, decades / 10, decades]
-    bar.set_ticks(ticks, labels=[f"{_power(tick)}" for tick in ticks])
-    bar.minorticks_off()
-    bar.set_label("difference")
-
-
-def _power(value: float) -> str:
-    if value == 0:
-        return "0"
-    sign = "-" if value < 0 else ""
-    return f"${sign}10^{{{round(np.log10(abs(value)))}}}$"
+def draw_bar(figure, image, label: str, **where) -> None:
+    """Draws a colour bar below the pictures; of a difference only the ends and zero have ticks."""
+    bar = figure.colorbar(image, orientation="horizontal", extend="both", **where)
+    bar.set_label(label, labelpad=1)
+    if isinstance(image.norm, colors.SymLogNorm):
+        power = int(np.floor(np.log10(image.norm.vmax)))
+        names = [f"$-10^{{{power}}}$", "0", f"$10^{{{power}}}$"]
+        bar.set_ticks([-(10.0**power), 0, 10.0**power], labels=names)
+        bar.minorticks_off()
 
 
 def _shrink(matrix: Float[np.ndarray, "seq seq"]) -> Float[np.ndarray, "cells cells"]:
@@ -106,7 +99,7 @@ def _shrink(matrix: Float[np.ndarray, "seq seq"]) -> Float[np.ndarray, "cells ce
 
 def draw_matrices(path: pathlib.Path, heads: Sequence[Head], grid: vm.VideoGrid) -> None:
     """Draws whole attention matrices: dense, Monarch and their difference, a row a head."""
-    log, signed = _norms(grid.tokens)
+    log, signed = norms(grid.tokens)
     high = 1.9 * len(heads) + 0.75
     with style.figure(path, 5.6, high) as figure:
         axes = figure.subplots(len(heads), 3, squeeze=False, sharex=True, sharey=True)
@@ -118,95 +111,21 @@ def draw_matrices(path: pathlib.Path, heads: Sequence[Head], grid: vm.VideoGrid)
             for ax, picture, norm, tint in zip(
                 row, pictures, (log, log, signed), ("magma", "magma", "RdBu_r"), strict=True
             ):
-                image = ax.imshow(
-                    picture, norm=norm, cmap=tint, extent=box, interpolation="nearest"
-                )
+                ax.imshow(picture, norm=norm, cmap=tint, extent=box, interpolation="nearest")
                 ax.set_xticks(ticks, [f"{n / grid.frame_tokens:.0f}" for n in ticks])
                 ax.set_yticks(ticks, [f"{n / grid.frame_tokens:.0f}" for n in ticks])
                 ax.tick_params(length=2)
-                last = image
             row[0].set_ylabel(title + "\n\nquery frame")
-        for ax, title in zip(axes[0], ("dense", "VMonarch", "VMonarch - dense"), strict=True):
+        for ax, title in zip(axes[0], ("dense", "VMonarch", "VMonarch − dense"), strict=True):
             ax.set_title(title)
         for ax in axes[-1]:
             ax.set_xlabel("key frame")
-        shown = axes[0, 0].images[0]
-        _bars(figure, shown, last, axes[:, :2], axes[:, 2], grid.tokens)
-
-
-def draw_query(
-    path: pathlib.Path,
-    heads: Sequence[Head],
-    grid: vm.VideoGrid,
-    video: Float[np.ndarray, "frames height width 3"],
-    query: int,
-) -> None:
-    """Draws one query's attention over the frames, under the frames themselves.
-
-    Args:
-      path: the PNG.
-      heads: titles and matrices.
-      grid: the token grid.
-      video: what the model was looking at, without noise.
-      query: the query's token.
-    """
-    log, signed = _norms(grid.tokens)
-    t, y, x = np.unravel_index(query, grid.shape)
-    lines = 1 + 3 * len(heads)
-    wide = style.PAGE - 1.25
-    with style.figure(path, style.PAGE, wide / grid.frames * lines * 1.12 + 0.8) as figure:
-        axes = figure.subplots(
-            lines, grid.frames, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.08}
+        where = {"pad": 0.02, "aspect": 30}
+        draw_bar(figure, axes[0, 0].images[0], scale_name(grid), ax=axes[:, :2], **where)
+        draw_bar(
+            figure, axes[0, 2].images[0], "difference", ax=axes[:, 2], **where | {"aspect": 15}
         )
-        for ax in axes.flat:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_linewidth(0.3)
-        for n, frame in enumerate(to_uint8(video[:: max(1, len(video) // grid.frames)])):
-            axes[0, n].imshow(frame, extent=(0, grid.width, grid.height, 0))
-            axes[0, n].set_title(str(n), pad=2)
-        _label(axes[0, 0], "video")
-        for place, (_title, dense, monarch) in enumerate(heads):
-            rows = [m[query].reshape(grid.shape) for m in (dense, monarch, monarch - dense)]
-            names = (f"dense\n{_title}", "VMonarch", "difference")
-            for kind, (maps, norm, tint) in enumerate(
-                zip(rows, (log, log, signed), ("magma", "magma", "RdBu_r"), strict=True)
-            ):
-                line = axes[1 + 3 * place + kind]
-                _label(line[0], names[kind])
-                for n, ax in enumerate(line):
-                    ax.imshow(maps[n], norm=norm, cmap=tint, extent=(0, grid.width, grid.height, 0))
-        for line in axes:
-            line[t].add_patch(
-                Rectangle((x, y), 1, 1, fill=False, edgecolor="#00E5FF", linewidth=0.9)
-            )
-        _bars(
-            figure, axes[1, 0].images[0], axes[3, 0].images[0],
-            axes[:, : grid.frames * 2 // 3], axes[:, grid.frames * 2 // 3 :], grid.tokens,
-        )  # fmt: skip
 
 
-def _label(ax, text: str) -> None:
-    ax.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=4)
-
-
-def draw_gaps(
-    path: pathlib.Path,
-    methods: Sequence[tuple[str, str, Float[np.ndarray, "layers heads"]]],
-) -> None:
-    """Draws the mean KL of every head: name, colour and values of each method."""
-    with style.figure(path, style.COLUMN, 2.3) as figure:
-        axes = figure.subplots()
-        layers, heads = methods[0][2].shape
-        for n, (name, colour, means) in enumerate(methods):
-            shift = (n - (len(methods) - 1) / 2) * 0.22
-            inside = (np.arange(heads) - (heads - 1) / 2) * 0.05
-            places = np.arange(1, layers + 1)[:, None] + shift + inside
-            axes.plot(
-                places.ravel(), means.ravel(), linestyle="", marker="o", markersize=3.2,
-                color=colour, label=name, alpha=0.9,
-            )  # fmt: skip
-        axes.set(yscale="log", xlabel="layer (one dot a head)", ylabel="mean KL to dense (nats)")
-        axes.set_xticks(range(1, layers + 1))
-        axes.grid(axis="y", alpha=0.25, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=2, frameon=False, handletextpad=0.2)
+def scale_name(grid: vm.VideoGrid) -> str:
+    return f"attention (uniform: 1/{grid.tokens:,})"

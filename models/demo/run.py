@@ -12,12 +12,13 @@ import numpy as np
 import vmonarch_jax as vm
 
 from ..dit import VideoDiT
-from . import maps, scaling
+from . import maps, plots, scaling
 from .conditions import Conditions, from_input, from_prompts
 from .files import write_csv
 from .measure import attention_seconds, gaps, likeness
 from .methods import Entry, load_entries
 from .progress import phase
+from .query_map import draw_query
 from .report import Result, machine, table, write_report
 from .sampling import sample_from
 from .videos import save_comparison, save_strip
@@ -162,7 +163,7 @@ def _certify(config, loaded, conditions, steps, results, videos, about, notes) -
         for (entry, _), result in zip(loaded, results, strict=True)
         if result.kl is not None
     ]
-    maps.draw_gaps(config.out / "kl_per_head.png", drawn)
+    plots.draw_gaps(config.out / "kl_per_head.png", drawn)
 
 
 def _draw_maps(config, entry: Entry, gap, qkv, grid, video) -> None:
@@ -177,13 +178,13 @@ def _draw_maps(config, entry: Entry, gap, qkv, grid, video) -> None:
     # a query off the centre: its own place in other frames is then told from the frame's middle
     centre = (grid.frames // 2, grid.height // 3, grid.width // 3)
     query = int(np.ravel_multi_index(centre, grid.shape))
-    maps.draw_query(config.out / "attention_query.png", heads, grid, video, query)
+    draw_query(config.out / "attention_query.png", heads, grid, video, query)
 
 
 def _scale(config: DemoConfig, device: str) -> None:
     def report(rows):
         write_csv(config.out / "scaling.csv", rows)
-        scaling.draw_scaling(config.out / "scaling.png", rows, device.split(" (")[0])
+        plots.draw_scaling(config.out / "scaling.png", rows, device.split(" (")[0])
 
     scaling.measure_scaling(scaling.QUICK_GRIDS if config.quick else scaling.GRIDS, report)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ..pictures import to_uint8
 from .files import replacing
@@ -18,7 +18,7 @@ Videos = Float[np.ndarray, "batch frames height width 3"]
 #: A column: two lines of title, their colour, and the videos, one a row.
 Column = tuple[tuple[str, str], str, Videos]
 
-_SIDE = 168  # screen pixels of a video's longer side, at least
+_SIDE = 160  # screen pixels of a video's longer side, at least
 _GUTTER = 6
 _INK, _GREY = "#222222", "#777777"
 _MILLISECONDS = 120  # a frame
@@ -86,17 +86,29 @@ def save_comparison(
                 big = small.resize((width, height), Image.Resampling.BICUBIC)
                 frame.paste(big, (left + n * (width + _GUTTER), top + row * (height + _GUTTER)))
         drawn.append(frame)
-    # one palette for all frames: with one each, still colours would flicker
-    samples = Image.new("RGB", (canvas.width, canvas.height * 4))
-    for n in range(4):
-        samples.paste(drawn[n * (frames - 1) // 3], (0, n * canvas.height))
-    palette = samples.quantize(255, Image.Quantize.MEDIANCUT)
-    first, *rest = (f.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for f in drawn)
+    # no dithering: its noise would triple the file and crawl over the still parts
+    palette = _palette(drawn, [colour for _, colour, _ in columns])
+    first, *rest = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in drawn)
     durations = [_MILLISECONDS] * (frames - 1) + [_LAST]
     with replacing(path) as partial:
         first.save(
             partial, save_all=True, append_images=rest, duration=durations, loop=0, optimize=False
         )
+
+
+def _palette(frames: Sequence[Image.Image], colours: Sequence[str]) -> Image.Image:
+    """Returns 256 colours for all frames, white and the colours of the titles among them.
+
+    One palette serves all frames: with one each, still colours would flicker.
+    """
+    shades = [(n, n, n) for n in (255, 34, 119, 76, 160, 208)]
+    shades += [ImageColor.getrgb(colour)[:3] for colour in colours]
+    shown = frames[:: max(1, len(frames) // 5)]
+    sample = Image.fromarray(np.concatenate([np.asarray(frame) for frame in shown]))
+    found = sample.quantize(256 - len(shades), Image.Quantize.MEDIANCUT).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([n for shade in shades for n in shade] + found)
+    return palette
 
 
 def save_strip(

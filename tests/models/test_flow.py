@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from vmonarch_jax.models import (
     FlowConfig,
-    VideoDiT,
     VideoDiTConfig,
     flow_loss,
     guide,
@@ -18,7 +16,6 @@ from vmonarch_jax.models import (
     interpolate,
     sample,
     shift_time,
-    split_params,
     time_steps,
 )
 from vmonarch_jax.models.flow import sample_times
@@ -31,15 +28,8 @@ SMALL = VideoDiTConfig(
 
 
 @pytest.fixture(scope="module")
-def model():
-    rebuild, params = split_params(VideoDiT(SMALL, rngs=nnx.Rngs(0)))
-    keys = jax.random.split(jax.random.key(5), len(params))
-    return rebuild(
-        {
-            n: p + 0.2 * jax.random.normal(k, p.shape)
-            for k, (n, p) in zip(keys, params.items(), strict=True)
-        }
-    )
+def model(awake):
+    return awake(SMALL)
 
 
 def test_path_goes_from_video_to_noise_at_its_velocity():
