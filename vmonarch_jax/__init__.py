@@ -1,5 +1,7 @@
 """Structured attention for video diffusion transformers, in JAX."""
 
+from typing import TYPE_CHECKING, Any
+
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 
 from . import flops
@@ -11,6 +13,9 @@ from .methods import Attention, Dense, TiledMonarch, VMonarch
 from .parts import Part, merge_attention
 from .sequence import monarch_attention
 from .video import tiled_monarch_attention, vmonarch_attention
+
+if TYPE_CHECKING:
+    from . import nn
 
 __version__ = "0.1.0"
 
@@ -29,6 +34,16 @@ __all__ = [
     "flops",
     "merge_attention",
     "monarch_attention",
+    "nn",
     "tiled_monarch_attention",
     "vmonarch_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `vmonarch_jax.nn`, and Flax with it, only when somebody asks for it."""
+    if name == "nn":
+        import importlib
+
+        return importlib.import_module(".nn", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

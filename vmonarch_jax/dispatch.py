@@ -47,7 +47,8 @@ def names(implementation: Implementation) -> tuple[str, ...]:
     """
     if implementation is None:
         return BEST
-    chosen = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
+    chosen = tuple(implementation) if several else (implementation,)
     for name in chosen:
         if name not in BACKENDS:
             raise ValueError(
