@@ -1,0 +1,69 @@
+"""The benchmarks run and print finite numbers; how fast they are is no test's business."""
+
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from repository import ROOT
+
+
+def run(module, *flags):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", "--quick", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def numbers(printed):
+    """Every number in the cells of the printed tables."""
+    cells = [
+        cell.strip().rstrip("x")
+        for line in printed.splitlines()
+        if line.startswith("|")
+        for cell in line.strip("|").split("|")
+    ]
+    return [float(cell) for cell in cells if re.fullmatch(r"-?[\d.]+(e-?\d+)?|nan|-?inf", cell)]
+
+
+@pytest.mark.parametrize(("module", "columns", "tables"), [("attention", 8, 2), ("memory", 2, 1)])
+def test_tables(module, columns, tables):
+    printed = run(module)
+    found = numbers(printed)
+    assert len(found) == 7 * columns * tables, printed  # seven methods
+    assert all(math.isfinite(x) and x > 0 for x in found), printed
+
+
+def test_wrong_grid_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--grid", "21x15"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "expected FRAMESxHEIGHTxWIDTH such as 21x15x26, got '21x15'" in done.stderr
+
+
+def test_fidelity(tmp_path):
+    printed = run("fidelity", "--out", tmp_path)
+    assert (tmp_path / "fidelity.md").read_text().strip() in printed
+    assert (tmp_path / "fidelity.png").stat().st_size > 10_000
+    with (tmp_path / "fidelity.csv").open() as file:
+        dense, *others = csv.DictReader(file)
+    assert float(dense["flops"]) == 1
+    assert float(dense["error"]) < 1e-5
+    assert float(dense["loss"]) == 1
+    for row in others:
+        assert math.isfinite(float(row["error"])), row
+        assert 0 <= float(row["kl"]) <= float(row["worst_kl"]), row
