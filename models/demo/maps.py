@@ -128,4 +128,5 @@ def draw_matrices(path: pathlib.Path, heads: Sequence[Head], grid: vm.VideoGrid)
 
 
 def scale_name(grid: vm.VideoGrid) -> str:
+    """Returns the label of the shared colour bar."""
     return f"attention (uniform: 1/{grid.tokens:,})"

@@ -87,7 +87,7 @@ def save_comparison(
                 frame.paste(big, (left + n * (width + _GUTTER), top + row * (height + _GUTTER)))
         drawn.append(frame)
     # no dithering: its noise would triple the file and crawl over the still parts
-    palette = _palette(drawn, [colour for _, colour, _ in columns])
+    palette = _palette(columns)
     first, *rest = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in drawn)
     durations = [_MILLISECONDS] * (frames - 1) + [_LAST]
     with replacing(path) as partial:
@@ -96,15 +96,15 @@ def save_comparison(
         )
 
 
-def _palette(frames: Sequence[Image.Image], colours: Sequence[str]) -> Image.Image:
+def _palette(columns: Sequence[Column]) -> Image.Image:
     """Returns 256 colours for all frames, white and the colours of the titles among them.
 
     One palette serves all frames: with one each, still colours would flicker.
     """
     shades = [(n, n, n) for n in (255, 34, 119, 76, 160, 208)]
-    shades += [ImageColor.getrgb(colour)[:3] for colour in colours]
-    shown = frames[:: max(1, len(frames) // 5)]
-    sample = Image.fromarray(np.concatenate([np.asarray(frame) for frame in shown]))
+    shades += [ImageColor.getrgb(colour)[:3] for _, colour, _ in columns]
+    pixels = np.concatenate([to_uint8(videos).ravel() for _, _, videos in columns])
+    sample = Image.fromarray(pixels.reshape(1, -1, 3))
     found = sample.quantize(256 - len(shades), Image.Quantize.MEDIANCUT).getpalette() or []
     palette = Image.new("P", (1, 1))
     palette.putpalette([n for shade in shades for n in shade] + found)
@@ -137,7 +137,7 @@ def save_strip(
         _text(draw, left - 10, y + high / 2, lines, colour, "r")
         for n, t in enumerate(shown):
             small = Image.fromarray(to_uint8(video[t]))
-            big = small.resize((wide, high), Image.Resampling.BICUBIC)
+            big = small.resize((wide, high), Image.Resampling.NEAREST)
             canvas.paste(big, (left + n * (wide + 3), y))
     with replacing(path) as partial:
         canvas.save(partial, optimize=True)

@@ -184,8 +184,13 @@ def test_likeness_of_equal_and_of_shifted_videos():
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), replacing(path) as partial:
-        partial.write_text("ne")
-        raise KeyError
+
+    def interrupted():
+        with replacing(path) as partial:
+            partial.write_text("ne")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
