@@ -38,20 +38,23 @@ SHIPPED = Path(models.__path__[0]) / "tiny"
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints and writes a table, a CSV and a picture."""
     args = _flags(arguments)
-    began = time.perf_counter()
+    began, where = time.perf_counter(), timing.place()
     grid = args.models["dense"].config.grid
     study = Study(args)
     every = 20 if args.quick else 1
     main_rows = study.run(variants(grid)[::every])
     floor_rows = study.run(floors(grid)[::every])
     args.out.mkdir(parents=True, exist_ok=True)
+    setting = (
+        f"{args.videos} held-out videos at t = {', '.join(map(str, args.levels))}, "
+        f"{'x'.join(map(str, grid.shape))} tokens, all layers and heads; "
+        f"{args.prompts} prompts, {args.sample_steps} Euler steps, guidance {args.guidance:g}"
+    )
     report = "\n".join([
         "# Fidelity of attention methods on the tiny video DiT", "",
-        timing.place(),
+        where,
         f"- command: `python -m benchmarks.fidelity`, {time.perf_counter() - began:.0f} s",
-        f"- input: {args.videos} held-out videos at t = {', '.join(map(str, args.levels))}, "
-        f"{'x'.join(map(str, grid.shape))} tokens, all layers and heads; "
-        f"{args.prompts} prompts, {args.sample_steps} Euler steps, guidance {args.guidance:g}", "",
+        f"- input: {setting}", "",
         markdown(main_rows), "", "Floors on `c_R`, 2 steps:", "",
         markdown(floor_rows, ("flops", "error", "kl", "worst_kl")), "",
     ])  # fmt: skip

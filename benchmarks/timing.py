@@ -45,8 +45,10 @@ def place() -> str:
     device = jax.devices()[0]
     lines = [
         f"- device: {device.device_kind} ({_processor()})",
-        f"- versions: JAX {jax.__version__}, jaxlib {jaxlib.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()}",
+        (
+            f"- versions: JAX {jax.__version__}, jaxlib {jaxlib.__version__}, "
+            f"Python {platform.python_version()}, {platform.system()}"
+        ),
         f"- threads: {_usable_cores()} usable cores; load average {_load()} at the start",
     ]
     commit = _commit()
