@@ -47,8 +47,9 @@ def names(implementation: Implementation) -> tuple[str, ...]:
     """
     if implementation is None:
         return BEST
-    several = isinstance(implementation, Sequence) and not isinstance(implementation, str)
-    chosen = tuple(implementation) if several else (implementation,)
+    if isinstance(implementation, str) or not isinstance(implementation, Sequence):
+        implementation = (implementation,)  # pyright: ignore[reportAssignmentType]
+    chosen = tuple(implementation)
     for name in chosen:
         if name not in BACKENDS:
             raise ValueError(
