@@ -54,7 +54,7 @@ def pick_heads(
     gap: Float[np.ndarray, "layers batch rows heads"],
 ) -> list[tuple[str, int, int]]:
     """Returns `(title, layer, head)` of the heads with the lowest, middle and highest mean KL."""
-    means = gap.mean((1, 2))
+    means = np.asarray(gap).mean((1, 2))
     order = np.argsort(means, axis=None)
     # in this order, so that of two heads one is the closest and one the worst
     picks = {order[(len(order) - 1) // 2]: "median", order[-1]: "worst", order[0]: "closest"}
@@ -100,8 +100,8 @@ def _shrink(matrix: Float[np.ndarray, "seq seq"]) -> Float[np.ndarray, "cells ce
 def draw_matrices(path: pathlib.Path, heads: Sequence[Head], grid: vm.VideoGrid) -> None:
     """Draws whole attention matrices: dense, Monarch and their difference, a row a head."""
     log, signed = norms(grid.tokens)
-    high = 1.9 * len(heads) + 0.75
-    with style.figure(path, 5.6, high) as figure:
+    high = 1.62 * len(heads) + 0.85
+    with style.figure(path, 5.6, high, maps=("magma", "RdBu_r")) as figure:
         axes = figure.subplots(len(heads), 3, squeeze=False, sharex=True, sharey=True)
         edges = np.linspace(0, grid.tokens, grid.frames + 1)
         ticks = edges[:: max(1, grid.frames // 4)]

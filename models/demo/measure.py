@@ -91,8 +91,12 @@ def attention_seconds(
     The median of `repeats` passes, after one that compiles.
     """
     layers = list(zip(*qkv, strict=True))
-    attend = jax.jit(lambda q, k, v: method(q, k, v, grid=grid))
-    return median_seconds(lambda: [attend(*layer) for layer in layers], repeats)
+    return median_seconds(lambda: [_attend(method, grid, *layer) for layer in layers], repeats)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(method, grid, q, k, v):
+    return method(q, k, v, grid=grid)
 
 
 def median_seconds(call: Callable[[], object], repeats: int, enough: float = float("inf")) -> float:

@@ -25,11 +25,14 @@ def sample_from(
       steps: Euler steps.
       name: shown beside the progress bar.
     """
+    # every later step starts from an array that is bound to its device, as loaded weights are; one
+    # that is not would make the first step another program, compiled for nothing
+    start = jax.device_put(conditions.x, jax.devices()[0]), conditions.t
 
     def run(steps: int, on_step):
         return sample(
             model, None, conditions.label, conditions.caption, steps=steps,
-            guidance=conditions.guidance, start=(conditions.x, conditions.t), on_step=on_step,
+            guidance=conditions.guidance, start=start, on_step=on_step,
         )  # fmt: skip
 
     with phase(f"sampling: {name}", steps) as bar:

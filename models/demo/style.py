@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib import ticker
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -38,7 +39,12 @@ _STYLE = {
 
 @contextlib.contextmanager
 def figure(
-    path: pathlib.Path, width: float, height: float, *, layout: str | None = "constrained"
+    path: pathlib.Path,
+    width: float,
+    height: float,
+    *,
+    layout: str | None = "constrained",
+    maps: Sequence[str] = (),
 ) -> Iterator[Figure]:
     """Gives an empty figure to draw on and writes it to `path` (PNG), and beside it as PDF.
 
@@ -50,18 +56,31 @@ def figure(
       width: inches.
       height: inches.
       layout: matplotlib's layout engine; `None` where the caller places everything.
+      maps: where only these colour maps and greys are drawn, their names: a palette of them makes
+        the PNG a third as large.
     """
     with matplotlib.rc_context(_STYLE):
         drawn = Figure(figsize=(width, height), layout=layout)
         yield drawn
         with replacing(path) as partial:
             drawn.savefig(partial, dpi=_DPI)
-            # 256 colours are enough for a drawing, and a third of the bytes
             with Image.open(partial) as image:
-                small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+                small = image.convert("RGB")
+            if maps:
+                small = small.quantize(palette=_palette(maps), dither=Image.Dither.NONE)
             small.save(partial, optimize=True, dpi=(_DPI, _DPI))
         with replacing(path.with_suffix(".pdf")) as partial:
             drawn.savefig(partial, dpi=_DPI, metadata={"CreationDate": None})
+
+
+def _palette(maps: Sequence[str]) -> Image.Image:
+    """Returns 32 greys and as many colours of each map as then have room."""
+    greys = np.repeat(np.linspace(0, 255, 32).round().astype(int), 3)
+    room = (256 - 32) // len(maps)
+    shades = [matplotlib.colormaps[name](np.linspace(0, 1, room))[:, :3] for name in maps]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*greys, *(np.concatenate(shades).ravel() * 255).round().astype(int)])
+    return palette
 
 
 def plain_log(axis: Axis) -> None:
