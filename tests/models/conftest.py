@@ -1,5 +1,6 @@
 """Fixtures of the models' tests."""
 
+import functools
 import math
 
 import jax
@@ -33,12 +34,12 @@ def awake():
 def forward():
     """Calls a model under one `jit`, which compiles far faster than its operations one by one."""
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(graph, methods, state, args):
+        return nnx.merge(graph, state)(*args, attention=methods)
+
     def call(model: VideoDiT, *args, attention=None):
         graph, state = nnx.split(model)
-
-        def run(state, args):
-            return nnx.merge(graph, state)(*args, attention=attention)
-
-        return jax.jit(run)(state, args)
+        return run(graph, model.methods(attention), state, args)
 
     return call

@@ -71,7 +71,7 @@ def test_mistakes_get_one_line_and_status_2(run, tmp_path, capsys, command, word
         (["train", "--out", "a", "--speed", "9"], "unrecognized arguments: --speed 9"),
         (["train"], "required: --out"),
         (["train", "--out", "a", "--steps", "many"], "invalid int value: 'many'"),
-        (["explain", "--grid", "21x30"], "expected TxHxW, such as 1x8x8, got '21x30'"),
+        (["explain", "--grid", "21x30"], "expected FRAMESxHEIGHTxWIDTH such as 1x8x8, got '21x30'"),
     ],
 )
 def test_wrong_flags_get_usage_and_status_2(capsys, command, words):

@@ -148,21 +148,21 @@ def test_time_steps():
         assert words in str(error.value)
 
 
-def by_hand(model, x, times, label, caption, guidance):
+def by_hand(forward, model, x, times, label, caption, guidance):
     null = jnp.full_like(label, SMALL.classes)
     for t, after in itertools.pairwise(times):
         t_batch = jnp.full(x.shape[0], t)
-        conditional = model(x, t_batch, label, caption)
-        plain = model(x, t_batch, null)
+        conditional = forward(model, x, t_batch, label, caption)
+        plain = forward(model, x, t_batch, null)
         x = x + (after - t) * (plain + guidance * (conditional - plain))
     return jnp.clip(x, -1, 1)
 
 
-def test_sample_is_the_loop_over_steps(model):
+def test_sample_is_the_loop_over_steps(model, forward):
     label, caption = jnp.array([0, 3]), jnp.eye(3)[:2]
     key = jax.random.key(7)
     noise = jax.random.normal(key, (2, 2, 4, 4, 3))
-    expected = by_hand(model, noise, time_steps(3, 2.0), label, caption, 1.7)
+    expected = by_hand(forward, model, noise, time_steps(3, 2.0), label, caption, 1.7)
     got = sample(model, key, label, caption, steps=3, guidance=1.7, shift=2.0)
     chex.assert_trees_all_close(got, expected, atol=1e-4)
     seen = []
@@ -174,10 +174,10 @@ def test_sample_is_the_loop_over_steps(model):
     assert seen == [1, 2, 3]
 
 
-def test_sample_from_a_start_and_under_another_attention(model):
+def test_sample_from_a_start_and_under_another_attention(model, forward):
     label = jnp.array([1, 2])
     x = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 3))
-    expected = by_hand(model, x, time_steps(2, 1.5, 0.5), label, None, 1.0)
+    expected = by_hand(forward, model, x, time_steps(2, 1.5, 0.5), label, None, 1.0)
     got = sample(model, None, label, steps=2, shift=1.5, start=(x, 0.5))
     chex.assert_trees_all_close(got, expected, atol=1e-4)
 

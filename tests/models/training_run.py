@@ -1,7 +1,6 @@
-"""A short training run in a process of its own, for the test that kills it.
+"""A short training run that kills itself in the middle.
 
-Usage: training_run.py FOLDER [STEP]; with STEP, it kills itself once that checkpoint is complete
-and one more step has been taken.
+Usage: training_run.py FOLDER STEP; SIGKILL comes right after that step's row of metrics.
 """
 
 import os
@@ -16,10 +15,10 @@ from vmonarch_jax.models.step import TrainConfig
 import vmonarch_jax as vm
 
 MODEL = VideoDiTConfig(frames=2, height=8, width=8, patch=(1, 4, 4), dim=24, depth=2, heads=2)
-CONFIG = TrainConfig(steps=7, batch_size=2, warmup_steps=2, save_every=2)
+CONFIG = TrainConfig(steps=6, batch_size=2, warmup_steps=2, save_every=2)
 
 
-def main(folder: str, kill_after: int | None = None) -> None:
+def main(folder: str, kill_after: int) -> None:
     write = training.MetricsCSV.write
 
     def deadly(self, step, values):
@@ -32,4 +31,4 @@ def main(folder: str, kill_after: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(sys.argv[1], int(sys.argv[2]))
