@@ -35,9 +35,16 @@ import sys
 
 SOURCE = ""  # the folder of a checkout, or git+https://...; empty: look for one around here
 
-try:
-    import vmonarch_jax.models
-except ImportError:
+
+def installed():
+    """Whether the project is there, with its models."""
+    try:
+        return importlib.import_module("vmonarch_jax.models") is not None
+    except ImportError:
+        return False
+
+
+if not installed():
     around = (pathlib.Path.cwd(), *pathlib.Path.cwd().parents)
     found = [p for p in around if (p / "vmonarch_jax").is_dir() and (p / "setup.py").is_file()]
     source = SOURCE or (found[0].as_uri() if found else "")
