@@ -6,6 +6,7 @@ import itertools
 import pathlib
 
 import av
+import av.error
 import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
@@ -79,7 +80,7 @@ def _read(file: pathlib.Path, frames: int, size: tuple[int, int]) -> tuple[str, 
                 raise ValueError(f"{file}: expected a video stream, got none")
             found = (frame.to_image() for frame in container.decode(video=0))
             return "video", _spread(file, found, frames, size)
-    except (av.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{file}: expected a readable video or image, got {error}") from error
 
 

@@ -83,8 +83,9 @@ def draw_bar(figure, image, label: str, **where) -> None:
     """Draws a colour bar below the pictures; of a difference only the ends and zero have ticks."""
     bar = figure.colorbar(image, orientation="horizontal", extend="both", **where)
     bar.set_label(label, labelpad=1)
-    if isinstance(image.norm, colors.SymLogNorm):
-        power = int(np.floor(np.log10(image.norm.vmax)))
+    norm = image.norm
+    if isinstance(norm, colors.SymLogNorm) and norm.vmax is not None:
+        power = int(np.floor(np.log10(norm.vmax)))
         names = [f"$-10^{{{power}}}$", "0", f"$10^{{{power}}}$"]
         bar.set_ticks([-(10.0**power), 0, 10.0**power], labels=names)
         bar.minorticks_off()

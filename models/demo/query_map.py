@@ -33,7 +33,7 @@ def draw_query(
       query: the query's token.
     """
     log, signed = norms(grid.tokens)
-    t, y, x = np.unravel_index(query, grid.shape)
+    t, y, x = (int(n) for n in np.unravel_index(query, grid.shape))
     # everything is placed in inches: rows of small maps must not drift apart
     left, gap = 1.0, 0.09
     cell = (style.PAGE - left - 0.06) / grid.frames
@@ -44,9 +44,8 @@ def draw_query(
 
         def line(top: float, name: str, pictures, **kwargs):
             for n, picture in enumerate(pictures):
-                place = (left + n * cell, high - top - row, 0.94 * cell, 0.94 * row)
-                scale = (style.PAGE, high, style.PAGE, high)
-                ax = figure.add_axes([a / b for a, b in zip(place, scale, strict=True)])
+                corner = (left + n * cell) / style.PAGE, 1 - (top + row) / high
+                ax = figure.add_axes((*corner, 0.94 * cell / style.PAGE, 0.94 * row / high))
                 image = ax.imshow(picture, extent=extent, aspect="auto", **kwargs)
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_linewidth(0.3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,7 @@ from .files import replacing
 COLUMN, PAGE = 3.4, 7.0
 _DPI = 220
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -43,7 +44,7 @@ def figure(
     width: float,
     height: float,
     *,
-    layout: str | None = "constrained",
+    layout: Literal["constrained"] | None = "constrained",
     maps: Sequence[str] = (),
 ) -> Iterator[Figure]:
     """Gives an empty figure to draw on and writes it to `path` (PNG), and beside it as PDF.
