@@ -11,6 +11,9 @@ from .dense import dense_attention
 from .dispatch import Implementation
 from .grid import Shape3, VideoGrid
 
+# Rounding of a log-sum-exp, in units of the inputs' precision times its size.
+ROUNDING = 8
+
 
 def attention_gap(
     query: Float[Array, "batch seq heads head_dim"],
@@ -46,7 +49,8 @@ def attention_gap(
         block_sizes: a `vm.BlockSizes`; changes the speed only.
 
     Returns:
-        `[batch, rows, heads]`, float32, never negative: rounding below zero is set to zero.
+        `[batch, rows, heads]`, float32. What rounding puts below zero is set to zero; a value
+        that stays negative is no KL: `lse` then belongs to another query, key, scale or mask.
 
     Raises:
         ValueError: if shapes, dtypes or options are wrong.
@@ -81,4 +85,6 @@ def attention_gap(
         block_sizes=block_sizes,
     )  # fmt: skip
     # A row without any key is right as it is: -inf - (-inf) would be NaN.
-    return jnp.where(dense == lse, 0, jnp.maximum(dense - lse, 0))
+    gap = jnp.where(dense == lse, 0, dense - lse)
+    rounding = ROUNDING * jnp.finfo(query.dtype).eps * jnp.maximum(jnp.abs(dense), 1)
+    return jnp.where((gap < 0) & (gap > -rounding), 0, gap)
