@@ -80,9 +80,9 @@ def add_sample(commands) -> None:
         "--video", action="append", metavar="MOTION:PHOTO", help="may be given more than once"
     )
     options.add_attention(parser)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--shift", type=float, default=2.0)
+    parser.add_argument("--shift", type=float, default=6.0)
     parser.add_argument("--solver", choices=SOLVERS, default="euler")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_run_sample)

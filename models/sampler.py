@@ -79,9 +79,9 @@ def sample(
     label: Int[Array, " batch"],
     caption: Float[Array, "batch caption_dim"] | None = None,
     *,
-    steps: int = 30,
-    guidance: float = 1.0,
-    shift: float = 2.0,
+    steps: int = 20,
+    guidance: float = 2.0,
+    shift: float = 6.0,
     solver: str = "euler",
     attention: AttentionMethod | Sequence[AttentionMethod] | None = None,
     size: tuple[int, int, int] | None = None,
@@ -97,7 +97,8 @@ def sample(
       caption: caption vectors, or `None`.
       steps: solver steps.
       guidance: weight of classifier-free guidance; 1 is none, and half the cost.
-      shift: of the times, as in training.
+      shift: of the times. A large one makes the last step a long one, which ends on the model's
+        mean instead of on a sample of the fine grain that a small model knows little about.
       solver: "euler" or "heun".
       attention: overrides the model's method, or methods; frozen values are compiled once.
       size: frames, height and width in pixels; the configuration's if not given.

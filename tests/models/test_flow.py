@@ -178,13 +178,15 @@ def test_sample_from_a_start_and_under_another_attention(model, forward):
     label = jnp.array([1, 2])
     x = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 3))
     expected = by_hand(forward, model, x, time_steps(2, 1.5, 0.5), label, None, 1.0)
-    got = sample(model, None, label, steps=2, shift=1.5, start=(x, 0.5))
+    got = sample(model, None, label, steps=2, shift=1.5, start=(x, 0.5), guidance=1)
     chex.assert_trees_all_close(got, expected, atol=1e-4)
 
     def values(q, k, v, *, grid):
         return v
 
-    other = sample(model, None, label, steps=2, shift=1.5, start=(x, 0.5), attention=values)
+    other = sample(
+        model, None, label, steps=2, shift=1.5, start=(x, 0.5), guidance=1, attention=values
+    )
     assert jnp.abs(other - got).max() > 1e-3
 
 

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Trains both checkpoints of this folder again: sh models/tiny/train.sh RUNS
+# Each command goes on where it stopped if it is interrupted and started again.
+set -eu
+runs=${1:?usage: train.sh RUNS, a folder for the runs}
+
+# 1, 2: four frames a video. What a photograph looks like is learnt at a quarter of the tokens.
+vmonarch train --config tiny --frames 4 --optimizer muon --batch-size 8 --steps 400 \
+    --warmup-steps 20 --learning-rate 3e-3 --shift 3 --save-every 50 --out "$runs/stage1"
+vmonarch finetune --from "$runs/stage1/export" --attention dense --frames 4 \
+    --optimizer muon --batch-size 8 --steps 400 --warmup-steps 10 --learning-rate 3e-3 \
+    --shift 3 --seed 1 --save-every 100 --out "$runs/stage2"
+# 3: all sixteen frames.
+vmonarch finetune --from "$runs/stage2/export" --attention dense --frames 16 \
+    --optimizer muon --batch-size 4 --steps 300 --warmup-steps 10 --learning-rate 2e-3 \
+    --shift 3 --seed 2 --save-every 50 --out "$runs/dense"
+# 4: the same weights under VMonarch.
+vmonarch finetune --from "$runs/dense/export" --attention vmonarch \
+    --optimizer muon --batch-size 4 --steps 220 --warmup-steps 10 --learning-rate 5e-4 \
+    --shift 3 --seed 3 --save-every 55 --out "$runs/vmonarch"
