@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import vmonarch_jax as vm
 
-from . import timing
+from . import ceilings, timing
 from .cases import DENSE, LIBRARY, Case, all_gradients, cases, parser, shape3, table
 
 
@@ -31,6 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"grid {'x'.join(map(str, args.grid.shape))} = {args.grid.tokens:,} tokens, ", end="")
     print(f"{args.heads} heads of {args.head_dim}, {args.dtype}, {args.rounds} rounds\n")
     print(timing.place() + "\n")
+    args.rate = ceilings.rates(args.grid.frame_tokens, args.head_dim, args.dtype)
+    print(
+        f"Ceilings: {args.rate['flops'] / 1e9:.0f} GFLOP/s in score products of one frame, "
+        f"{args.rate['exps'] / 1e9:.2f} G exponentials/s; `predicted` is what the products and "
+        "the exponentials would take at these rates.\n"
+    )
     print("## Forward\n\n" + measure(args, backward=False) + "\n", flush=True)
     if args.passes == "both":
         print("## Forward and backward\n\n" + measure(args, backward=True) + "\n")
@@ -52,7 +58,13 @@ def measure(args, backward: bool) -> str:
         "method", "min s", "median s", "GFLOP forward", "ideal",
         "vs jax.nn", "of ideal", "vs dense, ours", "of ideal",
     ]  # fmt: skip
-    return table(header, [_row(case, seconds, args) for case in todo])
+    rows = [_row(case, seconds, args) for case in todo]
+    if not backward:
+        header.insert(3, "predicted s")
+        for case, row in zip(todo, rows, strict=True):
+            size = (case.method, args.grid, args.heads, args.head_dim)
+            row.insert(3, f"{ceilings.prediction(*size, args.rate):.4f}")
+    return table(header, rows)
 
 
 def _row(case: Case, seconds: dict[str, list[float]], args) -> list[str]:

@@ -11,6 +11,7 @@ method, where it is compared with the dense model's own.
 import argparse
 import csv
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -39,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures, prints and writes a table, a CSV and a picture."""
     args = _flags(arguments)
     began, where = time.perf_counter(), timing.place()
-    grid = args.models["dense"].config.grid
     study = Study(args)
+    grid = study.grid
     every = 20 if args.quick else 1
     main_rows = study.run(variants(grid)[::every])
     floor_rows = study.run(floors(grid)[::every])
@@ -71,13 +72,22 @@ class Study:
     """The shared inputs, captured once for each set of weights, and what dense makes of them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.qkv, self.dense, self.noised = args, {}, {}, {}
-        for name, model in args.models.items():
-            self.noised[name] = inputs.noised_videos(model, args.levels, args.videos)
-            self.qkv[name] = inputs.captured(model, self.noised[name])
-            exact = jax.jit(lambda q, k, v: vm.dense_attention(q, k, v, return_lse=True))
-            self.dense[name] = exact(*self.qkv[name])
+        self.args = args
         self.reference: dict[str, Any] = {}
+
+    @functools.cached_property
+    def grid(self) -> vm.VideoGrid:
+        """Of the tokens of the model's videos."""
+        return self.weights("dense")[0].config.grid
+
+    @functools.cache  # noqa: B019 (one study a process)
+    def weights(self, name: str) -> tuple[Any, Any, Any, Any]:
+        """A model, its noised videos, their q, k, v, and dense attention's `(out, lse)`."""
+        model = self.args.load(name)
+        noised = inputs.noised_videos(model, self.args.levels, self.args.videos)
+        qkv = inputs.captured(model, noised)
+        exact = jax.jit(lambda q, k, v: vm.dense_attention(q, k, v, return_lse=True))
+        return model, noised, qkv, exact(*qkv)
 
     def run(self, chosen: list[Variant]) -> list[dict[str, Any]]:
         """One row a variant; the first sampled one is what the samples are compared with."""
@@ -86,27 +96,28 @@ class Study:
             began = time.perf_counter()
             rows.append(self.attention(variant) | (self.model(variant) if variant.sampled else {}))
             seconds = time.perf_counter() - began
-            label = f"{variant.group}: {variant.name}"
-            print(f"{number + 1:2}/{len(chosen)} {seconds:5.1f} s  {label}", flush=True)
+            found = {key: rows[-1][key] for key in ("error", "kl", "psnr") if key in rows[-1]}
+            text = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+            label = f"{variant.group}, {variant.name}"
+            print(f"{number + 1:2}/{len(chosen)} {seconds:5.1f} s  {label}: {text}", flush=True)
         return rows
 
     def attention(self, variant: Variant) -> dict[str, Any]:
         """How far the method is from dense attention on q, k and v."""
-        name, model = variant.weights, self.args.models[variant.weights]
-        error, kl = measures.attention_errors(
-            *self.qkv[name], self.dense[name], method=variant.method, grid=model.config.grid
-        )
+        _, _, qkv, dense = self.weights(variant.weights)
+        error, kl = measures.attention_errors(*qkv, dense, method=variant.method, grid=self.grid)
         kl = measures.by_layer(kl, len(self.args.levels), self.args.videos)
         return {
             "group": variant.group, "name": variant.name, "label": variant.label,
-            "flops": relative_flops(variant.method, model.config.grid),
+            "flops": relative_flops(variant.method, self.grid),
             "error": float(np.mean(error)), "kl": float(kl.mean()), "worst_kl": float(kl.max()),
         }  # fmt: skip
 
     def model(self, variant: Variant) -> dict[str, Any]:
         """How far the model under the method is from the dense one, and how good it is itself."""
-        args, model = self.args, self.args.models[variant.weights]
-        loss = inputs.velocity_errors(model, self.noised[variant.weights], variant.method)
+        args = self.args
+        model, noised, _, _ = self.weights(variant.weights)
+        loss = inputs.velocity_errors(model, noised, variant.method)
         video = inputs.samples(
             model, variant.method, args.sample_steps, args.guidance, args.prompts
         )
@@ -151,7 +162,7 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--videos", type=int, default=8, help="held-out videos")
     parser.add_argument("--prompts", type=int, default=4, help="sampled videos, at most 4")
     parser.add_argument("--sample-steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--no-picture", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a micro model: does it run at all?")
     args = parser.parse_args(arguments)
@@ -160,14 +171,16 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
         # Random weights of a tiny size: what comes out means nothing, but everything runs.
         args.levels, args.videos, args.prompts, args.sample_steps = (0.6,), 1, 1, 1
         config = dataclasses.replace(models.CONFIGS["micro"], scan_layers=True)
-        model = models.VideoDiT(config, rngs=nnx.Rngs(0))
-        args.models = {"dense": model, "tuned": model}
+        args.load = lambda name: models.VideoDiT(config, rngs=nnx.Rngs(0))
         return args
     methods = {"dense": ("dense", vm.Dense()), "tuned": ("vmonarch", vm.VMonarch())}
-    args.models = {
-        name: models.load_model(args.models / folder, attention=method, scan_layers=True)
-        for name, (folder, method) in methods.items()
-    }
+
+    def load(name: str) -> models.VideoDiT:
+        folder, method = methods[name]
+        # Layers run in a scan: one of them is compiled instead of all.
+        return models.load_model(args.models / folder, attention=method, scan_layers=True)
+
+    args.load = load
     return args
 
 

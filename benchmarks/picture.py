@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg", force=False)
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.transforms import Bbox
+
+#: Where a point is, its label and its colour.
+Point = tuple[float, float, str, str]
 
 # Colours that the colour-blind can tell apart (Okabe and Ito), and a shape for print.
 FAMILIES = {
@@ -31,22 +36,32 @@ def draw(rows: Iterable[dict[str, Any]], path: Path) -> None:
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.6), layout="constrained")
         panels = {"error": "relative output error", "psnr": "PSNR to dense samples (dB)"}
+        rows = [row for row in rows if row["label"]]
+        points = []
         for axis, (key, title) in zip(axes, panels.items(), strict=True):
-            _panel(axis, [r for r in rows if r["label"]], key)
+            points.append(_panel(axis, rows, key))
             axis.set(xlabel="matmul FLOPs, share of dense attention", ylabel=title, xscale="log")
             ticks = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
             axis.set_xticks(ticks)
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25, linewidth=0.5)
+            axis.margins(0.09, 0.08)
+            axis.set_xlim(min(r["flops"] for r in rows) / 1.2, 0.8)
         axes[0].set_ylim(bottom=0)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        # Labels look for room in the final layout, so that comes first.
+        figure.canvas.draw()
+        figure.set_layout_engine("none")
+        for axis, found in zip(axes, points, strict=True):
+            _label(axis, found)
         figure.savefig(path, dpi=200)
         plt.close(figure)
 
 
-def _panel(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
+def _panel(axis: Any, rows: list[dict[str, Any]], key: str) -> list[Point]:
+    """Draws the points of one panel and returns them."""
     points = []
     for group, (name, colour, marker) in FAMILIES.items():
         own = [r for r in rows if r["group"] == group and math.isfinite(r.get(key, math.inf))]
@@ -61,32 +76,33 @@ def _panel(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
             markerfacecolor=face, label=name,
         )  # fmt: skip
         points += [(px, py, r["label"], colour) for px, py, r in zip(x, y, own, strict=True)]
-    _label(axis, points)
+    return points
 
 
-def _label(axis: Any, points: list[tuple[float, float, str, str]]) -> None:
-    """Each point's label at the first of eight places around it where nothing else is."""
-    axis.margins(0.09, 0.08)
-    figure = axis.figure
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    spot = axis.transData.transform
+def _label(axis: Any, points: list[Point]) -> None:
+    """Each point's label at the first place around it where nothing else is."""
+    renderer = axis.figure.canvas.get_renderer()
+    half = 3.2 * axis.figure.dpi / 72
     taken = []
     for x, y, _, _ in points:
-        px, py = spot((x, y))
-        taken.append(matplotlib.transforms.Bbox.from_bounds(px - 4, py - 4, 8, 8))
-    around = [(a * r, b * r) for r in (1, 1.8, 2.8) for a, b in _PLACES]
+        px, py = axis.transData.transform((x, y))
+        taken.append(Bbox.from_bounds(px - half, py - half, 2 * half, 2 * half))
+    taken += [_segment(axis, line, i) for line in axis.lines for i in range(_PIECES)]
+    taken = [box for box in taken if box is not None]
+    around = [(a * r, b * r) for r in (1, 1.5, 2.2, 3, 4, 5) for a, b in _PLACES]
     for x, y, text, colour in points:
         best = None
         for dx, dy in around:
             horizontal = "left" if dx > 0 else "right" if dx < 0 else "center"
             vertical = "bottom" if dy > 0 else "top" if dy < 0 else "center"
             note = axis.annotate(
-                text, (x, y), (5 * dx, 4.5 * dy), textcoords="offset points", color=colour,
+                text, (x, y), (5 * dx, 4.2 * dy), textcoords="offset points", color=colour,
                 ha=horizontal, va=vertical, fontsize=6.5,
             )  # fmt: skip
             box = note.get_window_extent(renderer)
             hits = sum(box.overlaps(other) for other in taken)
+            inside = axis.bbox.containsx(box.x1) and axis.bbox.containsx(box.x0)
+            hits += 0 if inside and box.y0 > axis.bbox.y0 else 5
             if best is None or hits < best[0]:
                 if best is not None:
                     best[1].remove()
@@ -96,7 +112,22 @@ def _label(axis: Any, points: list[tuple[float, float, str, str]]) -> None:
             if not hits:
                 break
         assert best is not None
-        taken.append(best[2])
+        _, note, box = best
+        taken.append(box)
+        if max(abs(place) for place in note.xyann) > 12:  # points: too far to be seen as its own
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0}
+            axis.annotate("", (x, y), note.xyann, textcoords="offset points", arrowprops=line)
 
 
+def _segment(axis: Any, line: Any, piece: int) -> Bbox | None:
+    """The box around one of the short pieces that a drawn line is cut into."""
+    if line.get_linestyle() == "None":
+        return None
+    points = axis.transData.transform(line.get_xydata())
+    place = np.linspace(0, len(points) - 1, _PIECES + 1)[piece : piece + 2]
+    x, y = (np.interp(place, np.arange(len(points)), points[:, n]) for n in (0, 1))
+    return Bbox([[x.min(), y.min()], [x.max(), y.max()]])
+
+
+_PIECES = 60
 _PLACES = ((1, 0), (-1, 0), (0, 1.2), (0, -1.2), (1, 1), (1, -1), (-1, 1), (-1, -1))
