@@ -23,7 +23,7 @@ def add_demo(commands) -> None:
         "--strength", type=float, default=default.strength, metavar="T",
         help="how much noise the input gets, above 0, at most 1; default %(default)s",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps; default 12")
     parser.add_argument(
         "--guidance", type=float, default=default.guidance, help="default %(default)s"
     )

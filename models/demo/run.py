@@ -20,7 +20,7 @@ from .methods import Entry, load_entries
 from .progress import phase
 from .query_map import draw_query
 from .report import Result, machine, table, write_report
-from .sampling import sample_from
+from .sampling import SHIFT, sample_from
 from .videos import save_comparison, save_strip
 
 
@@ -34,7 +34,7 @@ class DemoConfig:
       tuned: the same, tuned to VMonarch.
       input: a video, a photograph or a folder of them to noise and denoise, instead of prompts.
       strength: time in (0, 1] that the input is noised to.
-      steps: sampling steps; 20, or 2 in a quick run.
+      steps: sampling steps; 12, or 2 in a quick run.
       guidance: weight of classifier-free guidance of the prompts.
       seed: of the noise.
       quick: a small run: fewer videos, steps and sizes.
@@ -79,7 +79,7 @@ def run_demo(config: DemoConfig) -> list[Result]:
         conditions = from_prompts(shape, rows, config.seed, config.guidance)
     else:
         conditions = from_input(shape, config.input, rows, config.seed, config.strength)
-    steps = config.steps or (2 if config.quick else 20)
+    steps = config.steps or (2 if config.quick else 12)
     config.out.mkdir(parents=True, exist_ok=True)
     device = machine()
     print(f"{len(conditions.names)} videos, {steps} steps, {device}")
@@ -87,9 +87,9 @@ def run_demo(config: DemoConfig) -> list[Result]:
         print("no tuned weights: that method is left out")
 
     about = {
-        "machine": device, "steps": steps, "guidance": conditions.guidance, "seed": config.seed,
-        "start": conditions.t, "rows": [" ".join(n) for n in conditions.names],
-        "kl_levels": config.levels,
+        "machine": device, "steps": steps, "shift": SHIFT, "guidance": conditions.guidance,
+        "seed": config.seed, "start": conditions.t, "kl_levels": config.levels,
+        "rows": [" ".join(n) for n in conditions.names],
     }  # fmt: skip
     notes = _notes(conditions, steps, config.levels, shape.grid, device)
     results, videos = _sample(config, loaded, conditions, steps, about, notes)
