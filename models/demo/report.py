@@ -13,6 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+import vmonarch_jax as vm
+
+from .conditions import Conditions
 from .files import write_csv, write_json, write_text
 
 
@@ -91,6 +94,23 @@ def table(results: Sequence[Result]) -> str:
 
 def _show(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def notes_of(
+    conditions: Conditions, steps: int, levels: Sequence[float], grid: vm.VideoGrid, device: str
+) -> str:
+    """Returns what the table's columns mean, and on what they were measured."""
+    start = "pure noise" if conditions.t == 1 else f"the input noised to t = {conditions.t:g}"
+    return (
+        f"{len(conditions.names)} videos of {grid.frames}x{grid.height}x{grid.width} = "
+        f"{grid.tokens:,} tokens, {steps} Euler steps from {start}, guidance "
+        f"{conditions.guidance:g}; {device}.\n"
+        "FLOPs: matmuls of attention, relative to dense. Attention s: attention alone on the real "
+        "q, k, v, times the steps. PSNR and SSIM: to the videos of dense attention from the same "
+        "noise.\nKL: of the approximate attention rows from the dense ones on the model's own q "
+        f"and k, in nats, exact; mean over rows at t = {', '.join(f'{t:g}' for t in levels)}; mean "
+        "over heads, and the worst head.\n"
+    )
 
 
 def write_report(

@@ -19,7 +19,7 @@ from .measure import attention_seconds, gaps, likeness
 from .methods import Entry, load_entries
 from .progress import phase
 from .query_map import draw_query
-from .report import Result, machine, table, write_report
+from .report import Result, machine, notes_of, table, write_report
 from .sampling import SHIFT, sample_from
 from .videos import save_comparison, save_strip
 
@@ -91,7 +91,7 @@ def run_demo(config: DemoConfig) -> list[Result]:
         "seed": config.seed, "start": conditions.t, "kl_levels": config.levels,
         "rows": [" ".join(n) for n in conditions.names],
     }  # fmt: skip
-    notes = _notes(conditions, steps, config.levels, shape.grid, device)
+    notes = notes_of(conditions, steps, config.levels, shape.grid, device)
     results, videos = _sample(config, loaded, conditions, steps, about, notes)
     _certify(config, loaded, conditions, steps, results, videos, about, notes)
     if config.input is None:
@@ -187,17 +187,3 @@ def _scale(config: DemoConfig, device: str) -> None:
         plots.draw_scaling(config.out / "scaling.png", rows, device.split(" (")[0])
 
     scaling.measure_scaling(scaling.QUICK_GRIDS if config.quick else scaling.GRIDS, report)
-
-
-def _notes(conditions: Conditions, steps: int, levels, grid, device: str) -> str:
-    start = "pure noise" if conditions.t == 1 else f"the input noised to t = {conditions.t:g}"
-    return (
-        f"{len(conditions.names)} videos of {grid.frames}x{grid.height}x{grid.width} = "
-        f"{grid.tokens:,} tokens, {steps} Euler steps from {start}, guidance "
-        f"{conditions.guidance:g}; {device}.\n"
-        "FLOPs: matmuls of attention, relative to dense. Attention s: attention alone on the real "
-        "q, k, v, times the steps. PSNR and SSIM: to the videos of dense attention from the same "
-        "noise.\nKL: of the approximate attention rows from the dense ones on the model's own q "
-        f"and k, in nats, exact; mean over rows at t = {', '.join(f'{t:g}' for t in levels)}; mean "
-        "over heads, and the worst head.\n"
-    )
