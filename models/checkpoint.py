@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from .arrays import read_arrays
 from .params import check_params
 from .step import TrainState
 
@@ -70,21 +71,15 @@ class Checkpoints:
             raise ValueError(f"{self.folder}: expected a checkpoint, got none")
         where = self.folder / str(step)
         named = _named(like)
-        try:
-            stored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(), data=ocp.args.JsonRestore()
-                ),
-            )
-        except Exception as error:  # orbax and its storage raise many kinds; all mean the same here
-            raise ValueError(
-                f"{where}: expected a complete checkpoint, got {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-        check_params(stored.state, named, where)
+        stored = read_arrays(where / "state")
+        check_params(stored, named, where)
         leaves = [
-            jax.device_put(np.asarray(stored.state[name], leaf.dtype))
-            for name, leaf in named.items()
+            jax.device_put(np.asarray(stored[name], leaf.dtype)) for name, leaf in named.items()
         ]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), stored.data
+        try:
+            data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
+            return jax.tree.unflatten(jax.tree.structure(like), leaves), data["data"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{where}: expected the position of the data, got {type(error).__name__}: {error}"
+            ) from error

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array
 
 import vmonarch_jax as vm
 
+from .arrays import read_arrays, write_arrays
 from .config import VideoDiTConfig
 from .dit import VideoDiT
 from .layers import AttentionMethod
@@ -54,12 +54,11 @@ def export_params(
     """
     folder = pathlib.Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    small = {name: jnp.asarray(value, jnp.bfloat16) for name, value in params.items()}
+    small = {name: np.asarray(value).astype(jnp.bfloat16) for name, value in params.items()}
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         partial.chmod(0o755)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / "params", small)
+        write_arrays(partial / "params", small)
         meta = {
             "format": _FORMAT,
             "config": dataclasses.asdict(config),
@@ -98,16 +97,7 @@ def load_params(folder: pathlib.Path) -> tuple[VideoDiTConfig, Params]:
             f"got {type(error).__name__}: {error}"
         ) from error
     arrays = folder / "params"
-    if not arrays.is_dir():
-        raise ValueError(f"{arrays}: expected a folder of arrays, got none")
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = dict(checkpointer.restore(arrays))
-    except Exception as error:  # orbax and its storage raise many kinds; all mean the same here
-        lines = str(error).splitlines() or [""]
-        raise ValueError(
-            f"{arrays}: expected a complete set of arrays, got {type(error).__name__}: {lines[0]}"
-        ) from error
+    params = read_arrays(arrays)
     expected = nnx.eval_shape(lambda: VideoDiT(config, rngs=nnx.Rngs(0)))
     check_params(params, split_params(expected)[1], arrays)
     if _digest(params) != digest:
@@ -134,7 +124,7 @@ def load_model(
     """
     config, params = load_params(folder)
     config = dataclasses.replace(config, **overrides)
-    model = VideoDiT(config, attention=attention, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: VideoDiT(config, attention=attention, rngs=nnx.Rngs(0)))
     rebuild, expected = split_params(model)
     check_params(params, expected, folder)
     return rebuild(params)

@@ -125,9 +125,14 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
     """Returns the state before the first step; the average starts at the parameters."""
-    # the two must not share buffers, because a step donates the whole state
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.int32(0), params, ema, optimizer(config).init(params))
+
+    @jax.jit
+    def make(params: Params) -> TrainState:
+        # a step donates the whole state, so it may share no buffer within itself or with the caller
+        own, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+        return TrainState(jnp.int32(0), own, ema, optimizer(config).init(params))
+
+    return make(params)
 
 
 def make_step(

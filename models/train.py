@@ -65,11 +65,16 @@ def train(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, model_config, config, attention)
-    model = VideoDiT(model_config, attention=attention, rngs=nnx.Rngs(config.seed))
-    _, params = split_params(model)
-    if initial is not None:
-        check_params(initial, params, "initial parameters")
-        params = {name: jax.numpy.array(initial[name], params[name].dtype) for name in params}
+
+    def create() -> VideoDiT:
+        return VideoDiT(model_config, attention=attention, rngs=nnx.Rngs(config.seed))
+
+    model = nnx.eval_shape(create)
+    if initial is None:
+        params = jax.jit(lambda: split_params(create())[1])()
+    else:
+        check_params(initial, split_params(model)[1], "initial parameters")
+        params = dict(initial)
     state = init_state(params, config)
     source = MotionVideos(config.seed, frames=model_config.frames, size=model_config.height)
     data = batches(source, batch_size=config.batch_size, seed=config.seed, workers=workers)

@@ -85,10 +85,15 @@ def batch(size: int = 2):
     }
 
 
-@pytest.mark.parametrize("attention", [vm.Dense(), vm.VMonarch()], ids=["dense", "vmonarch"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_lowers_the_loss(attention, dtype):
-    config = TrainConfig(steps=60, batch_size=2, learning_rate=3e-3, warmup_steps=5)
+@pytest.mark.parametrize(
+    ("attention", "dtype", "optimizer"),
+    [(vm.Dense(), "float32", "adamw"), (vm.VMonarch(), "bfloat16", "muon")],
+    ids=["dense-float32-adamw", "vmonarch-bfloat16-muon"],
+)
+def test_training_lowers_the_loss(attention, dtype, optimizer):
+    config = TrainConfig(
+        steps=60, batch_size=2, optimizer=optimizer, learning_rate=3e-3, warmup_steps=5
+    )
     model = VideoDiT(dataclasses.replace(MODEL, dtype=dtype), attention=attention, rngs=nnx.Rngs(0))
     state, step, losses = init_state(split_params(model)[1], config), make_step(model, config), []
     for _ in range(60):
@@ -147,7 +152,7 @@ def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
     for path in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoints/6: expected a complete checkpoint, got "):
+    with pytest.raises(ValueError, match=r"checkpoints/6/state: expected a complete set of"):
         train(tmp_path, MODEL, CONFIG, attention=vm.Dense(), progress=False)
 
 
@@ -156,6 +161,7 @@ def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
     [
         ({"steps": 0}, "expected steps >= 1, got 0"),
         ({"learning_rate": -1.0}, "expected learning_rate > 0, got -1.0"),
+        ({"optimizer": "sgd"}, "expected an optimizer of ('adamw', 'muon'), got 'sgd'"),
         ({"ema_decay": 1.0}, "expected ema_decay in [0, 1), got 1.0"),
         ({"warmup_steps": -1}, "expected warmup_steps >= 0, got -1"),
     ],
