@@ -43,8 +43,11 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(args)
     grid = study.grid
     every = 20 if args.quick else 1
-    main_rows = study.run(variants(grid)[::every])
-    floor_rows = study.run(floors(grid)[::every])
+    chosen = variants(grid)[::every]
+    attention = study.run(chosen, "attention")
+    floor_rows = study.run(floors(grid)[::every], "attention")
+    pairs = zip(attention, study.run(chosen, "model"), strict=True)
+    main_rows = [on_inputs | in_model for on_inputs, in_model in pairs]
     args.out.mkdir(parents=True, exist_ok=True)
     setting = (
         f"{args.videos} held-out videos at t = {', '.join(map(str, args.levels))}, "
@@ -89,17 +92,16 @@ class Study:
         exact = jax.jit(lambda q, k, v: vm.dense_attention(q, k, v, return_lse=True))
         return model, noised, qkv, exact(*qkv)
 
-    def run(self, chosen: list[Variant]) -> list[dict[str, Any]]:
-        """One row a variant; the first sampled one is what the samples are compared with."""
+    def run(self, chosen: list[Variant], what: str) -> list[dict[str, Any]]:
+        """What one of the two methods below finds, for every variant."""
         rows = []
         for number, variant in enumerate(chosen):
             began = time.perf_counter()
-            rows.append(self.attention(variant) | (self.model(variant) if variant.sampled else {}))
+            rows.append(getattr(self, what)(variant))
             seconds = time.perf_counter() - began
-            found = {key: rows[-1][key] for key in ("error", "kl", "psnr") if key in rows[-1]}
-            text = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
-            label = f"{variant.group}, {variant.name}"
-            print(f"{number + 1:2}/{len(chosen)} {seconds:5.1f} s  {label}: {text}", flush=True)
+            found = (f"{k} {x:.4g}" for k, x in rows[-1].items() if isinstance(x, float))
+            label = f"{what} {number + 1}/{len(chosen)} {seconds:5.1f} s"
+            print(f"{label}  {variant.group}, {variant.name}: {', '.join(found)}", flush=True)
         return rows
 
     def attention(self, variant: Variant) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class Study:
         }  # fmt: skip
 
     def model(self, variant: Variant) -> dict[str, Any]:
-        """How far the model under the method is from the dense one, and how good it is itself."""
+        """How far the model under the method is from the first one, and how good it is itself."""
         args = self.args
         model, noised, _, _ = self.weights(variant.weights)
         loss = inputs.velocity_errors(model, noised, variant.method)

@@ -39,7 +39,6 @@ class Variant:
         name: what it is.
         method: the method value.
         weights: "dense", or "tuned" for those tuned to VMonarch.
-        sampled: whether videos are sampled under it, which is where the time goes.
         label: in the picture; empty: not drawn.
     """
 
@@ -47,7 +46,6 @@ class Variant:
     name: str
     method: Any
     weights: str = "dense"
-    sampled: bool = True
     label: str = ""
 
 
@@ -131,7 +129,7 @@ def floors(grid: vm.VideoGrid) -> list[Variant]:
         if tiles > 1:
             chosen = {"0": 0.0, f"0.1 / {tiles} tiles": 0.1 / tiles, "0.1": 0.1}
         rows += [
-            Variant(group, f"floor {name}", kind(**options, c_r_floor=floor), sampled=False)
+            Variant(group, f"floor {name}", kind(**options, c_r_floor=floor))
             for name, floor in chosen.items()
         ]
     return rows
