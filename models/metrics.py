@@ -68,12 +68,13 @@ def plot_losses(curves: Mapping[str, pathlib.Path], out: pathlib.Path) -> None:
             continue
         step = np.array([int(row["step"]) for row in rows])
         loss = np.array([float(row["loss"]) for row in rows])
-        window = max(1, len(loss) // 30)
+        window = max(1, len(loss) // 8)
         smooth = np.convolve(loss, np.ones(window) / window, "valid")
         axes.plot(step, loss, color=f"C{n}", alpha=0.2, linewidth=0.7)
-        axes.plot(step[window - 1 :], smooth, color=f"C{n}", label=name)
-    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+        middle = (window - 1) // 2
+        axes.plot(step[middle : middle + len(smooth)], smooth, color=f"C{n}", label=name)
+    axes.set(xlabel="step", ylabel="flow-matching loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=150)
     plt.close(figure)

@@ -18,3 +18,20 @@ vmonarch finetune --from "$runs/stage2/export" --attention dense --frames 16 \
 vmonarch finetune --from "$runs/dense/export" --attention vmonarch \
     --optimizer muon --batch-size 4 --steps 220 --warmup-steps 10 --learning-rate 5e-4 \
     --shift 3 --seed 3 --save-every 55 --out "$runs/vmonarch"
+
+python - "$runs" <<'PYTHON'
+import pathlib
+import sys
+
+from vmonarch_jax.models.metrics import plot_losses
+
+runs = pathlib.Path(sys.argv[1])
+names = ("stage1", "stage2", "dense", "vmonarch")
+plot_losses({name: runs / name / "metrics.csv" for name in names}, runs / "loss.png")
+PYTHON
+for method in dense vmonarch; do
+    vmonarch sample --model "$runs/$method/export" --attention "$method" --seed 0 \
+        --video pan_left:coffee --video pan_up:astronaut --video zoom_in:chelsea \
+        --video rotate_cw:rocket --video sprite:motorcycle --video zoom_out:retina \
+        --out "$runs/samples_$method"
+done
