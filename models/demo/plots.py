@@ -30,9 +30,16 @@ def draw_scaling(path: pathlib.Path, rows: Sequence[dict[str, Any]], device: str
     )
     last = {row["curve"]: row["seconds"] for row in known if row["tokens"] == largest}
     best = min(last[key] for key in dense if key in last)
-    with style.figure(path, style.COLUMN, 2.9) as figure:
+    with style.figure(path, style.COLUMN, 3.0) as figure:
         axes = figure.subplots()
+        line: dict[str, Any] = {"linestyle": (0, (3, 2)), "linewidth": 0.8}
+        dashed = []
         for curve in CURVES:
+            if curve.key not in dense and not dashed:
+                # here, so that the legend's first column is dense attention and its prediction
+                dashed = axes.plot(
+                    [], [], color="#555555", label="FLOPs at dense attention's rate", **line
+                )
             own = [row for row in rows if row["curve"] == curve.key]
             done = [row for row in own if row["seconds"]]
             name = curve.name
@@ -45,10 +52,8 @@ def draw_scaling(path: pathlib.Path, rows: Sequence[dict[str, Any]], device: str
             if curve.key != "library":
                 axes.plot(
                     [row["tokens"] for row in own], [1e3 * row["flops"] / rate for row in own],
-                    color=curve.colour, linestyle=(0, (3, 2)), linewidth=0.8,
+                    color=curve.colour, **line,
                 )  # fmt: skip
-        axes.plot([], [], color="#555555", linestyle=(0, (3, 2)), linewidth=0.8,
-                  label="FLOPs at dense attention's rate")  # fmt: skip
         ticks = sorted({row["tokens"] for row in rows})
         axes.set(xscale="log", yscale="log", ylabel="milliseconds")
         axes.set_xlabel(f"tokens\nforward, 1 head of {HEAD_DIM}, float32, {device}")
@@ -59,7 +64,10 @@ def draw_scaling(path: pathlib.Path, rows: Sequence[dict[str, Any]], device: str
         axes.yaxis.set_minor_locator(ticker.NullLocator())
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:,g}"))
         axes.grid(alpha=0.25, linewidth=0.5, which="major")
-        axes.legend(loc="upper left", frameon=False, handlelength=1.8, labelspacing=0.3)
+        figure.legend(
+            loc="outside upper center", ncols=2, frameon=False, handlelength=1.6, fontsize=6.5,
+            labelspacing=0.3, columnspacing=0.8,
+        )  # fmt: skip
         axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -83,7 +83,7 @@ def save_comparison(
         for n, (_, _, videos) in enumerate(columns):
             for row, video in enumerate(videos):
                 small = Image.fromarray(to_uint8(video[t]))
-                big = small.resize((width, height), Image.Resampling.BICUBIC)
+                big = small.resize((width, height), Image.Resampling.NEAREST)
                 frame.paste(big, (left + n * (width + _GUTTER), top + row * (height + _GUTTER)))
         drawn.append(frame)
     # no dithering: its noise would triple the file and crawl over the still parts
@@ -105,7 +105,9 @@ def _palette(columns: Sequence[Column]) -> Image.Image:
     shades += [ImageColor.getrgb(colour)[:3] for _, colour, _ in columns]
     pixels = np.concatenate([to_uint8(videos).ravel() for _, _, videos in columns])
     sample = Image.fromarray(pixels.reshape(1, -1, 3))
-    found = sample.quantize(256 - len(shades), Image.Quantize.MEDIANCUT).getpalette() or []
+    # without k-means the rare colours of a small sprite would go to the nearest title's
+    cut = sample.quantize(256 - len(shades), Image.Quantize.MEDIANCUT, kmeans=3)
+    found = cut.getpalette() or []
     palette = Image.new("P", (1, 1))
     palette.putpalette([n for shade in shades for n in shade] + found)
     return palette
