@@ -32,13 +32,15 @@ def likeness(videos: Videos, reference: Videos) -> tuple[float, float]:
     The PSNR of a video is that of its mean squared error over all frames; its SSIM is the mean of
     the SSIM of its frames.
     """
+    # SSIM compares means by their ratio, so it needs intensities that start at black, at zero
+    videos, reference = ((x + 1) / 2 for x in (videos, reference))
     psnr, ssim = [], []
     window = min(_SSIM_WINDOW, *(n - 1 + n % 2 for n in videos.shape[2:4]))
     for video, wanted in zip(videos, reference, strict=True):
         equal = np.array_equal(video, wanted)
-        psnr.append(_MOST_PSNR if equal else peak_signal_noise_ratio(wanted, video, data_range=2))
+        psnr.append(_MOST_PSNR if equal else peak_signal_noise_ratio(wanted, video, data_range=1))
         ssim += [
-            structural_similarity(a, b, win_size=window, channel_axis=-1, data_range=2)
+            structural_similarity(a, b, win_size=window, channel_axis=-1, data_range=1)
             for a, b in zip(wanted, video, strict=True)
         ]
     return float(np.mean(psnr)), float(np.mean(ssim))
