@@ -27,7 +27,7 @@ def test_photographs_load(name):
     for level in photo.levels:
         assert level.min() >= -1
         assert level.max() <= 1
-        assert level.std() > 0.05
+        assert level.std() > 0.03
 
 
 def test_unknown_photograph():

@@ -32,7 +32,7 @@ from vmonarch_jax.models.train import Interrupted, train
 import vmonarch_jax as vm
 
 SCRIPT = pathlib.Path(__file__).with_name("training_run.py")
-MODEL = VideoDiTConfig(frames=2, height=8, width=8, patch=(1, 4, 4), dim=24, depth=2, heads=2)
+MODEL = VideoDiTConfig(frames=2, height=8, width=8, patch=(1, 4, 4), dim=24, depth=1, heads=2)
 CONFIG = TrainConfig(steps=6, batch_size=2, warmup_steps=2, save_every=2)
 
 
@@ -56,24 +56,12 @@ def test_killed_run_resumes_to_the_bit(tmp_path):
     assert int(state.step) == 6
     assert data == expected_data
     chex.assert_trees_all_equal(state, expected)
+    assert np.ptp([float(row["loss"]) for row in read_csv(whole / "metrics.csv")]) > 0
     rows, expected_rows = (read_csv(f / "metrics.csv") for f in (killed, whole))
     assert [row["step"] for row in rows] == [str(n) for n in range(1, 7)]
     for row, other in zip(rows, expected_rows, strict=True):
         assert {**row, "seconds": ""} == {**other, "seconds": ""}
     chex.assert_trees_all_equal(load_params(killed / "export"), load_params(whole / "export"))
-
-
-def test_other_seeds_give_other_runs():
-    """Or the comparison above could not fail."""
-    results = []
-    for seed in (0, 1):
-        config = dataclasses.replace(CONFIG, seed=seed)
-        model = VideoDiT(MODEL, rngs=nnx.Rngs(0))
-        state, metrics = make_step(model, config)(
-            init_state(split_params(model)[1], config), batch()
-        )
-        results.append((state.params["embed.kernel"], float(metrics["loss"])))
-    assert results[0][1] != results[1][1]
 
 
 def batch(size: int = 2):
@@ -140,9 +128,7 @@ def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
     train(tmp_path, MODEL, CONFIG, attention=vm.Dense(), progress=False)
     assert [int(row["step"]) for row in read_csv(tmp_path / "metrics.csv")] == list(range(1, 7))
     assert (tmp_path / "loss.png").stat().st_size > 1000
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["6", "7"], (
-        "the last two"
-    )
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
 
     other = dataclasses.replace(CONFIG, learning_rate=1.0)
     with pytest.raises(ValueError, match=r"run.json: expected the run that is there, train = "):
@@ -216,9 +202,9 @@ def damage(folder):
         (lambda f: edit(f, format="other"), "expected format 'vmonarch-video-dit-1', got 'other'"),
         (lambda f: edit(f, config={"unknown": 1}), "got TypeError"),
         (lambda f: edit(f, config={**dataclasses.asdict(MODEL), "dim": 48}), "of shape"),
-        (lambda f: edit(f, config={**dataclasses.asdict(MODEL), "depth": 3}), "'blocks.2."),
+        (lambda f: edit(f, config={**dataclasses.asdict(MODEL), "depth": 2}), "'blocks.1."),
         (
-            lambda f: edit(f, config={**dataclasses.asdict(MODEL), "depth": 1}),
+            lambda f: edit(f, config={**dataclasses.asdict(MODEL), "caption_dim": 0}),
             "expected no parameter",
         ),
         (lambda f: edit(f, sha256="0"), "expected values of SHA-256 0, got"),

@@ -14,7 +14,7 @@ from vmonarch_jax.models.step import TrainConfig
 
 import vmonarch_jax as vm
 
-MODEL = VideoDiTConfig(frames=2, height=8, width=8, patch=(1, 4, 4), dim=24, depth=2, heads=2)
+MODEL = VideoDiTConfig(frames=2, height=8, width=8, patch=(1, 4, 4), dim=24, depth=1, heads=2)
 CONFIG = TrainConfig(steps=6, batch_size=2, warmup_steps=2, save_every=2)
 
 
