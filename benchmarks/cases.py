@@ -69,14 +69,14 @@ def parser(description: str | None, grid: str) -> argparse.ArgumentParser:
     return flags
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; every column but the first is aligned to the right."""
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; all columns but the first few are aligned to the right."""
     width = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
-        padded = [cells[0].ljust(width[0])]
-        padded += [c.rjust(w) for c, w in zip(cells[1:], width[1:], strict=True)]
+        padded = [c.ljust(w) for c, w in zip(cells[:left], width[:left], strict=True)]
+        padded += [c.rjust(w) for c, w in zip(cells[left:], width[left:], strict=True)]
         return "| " + " | ".join(padded) + " |"
 
-    rule = ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])]
+    rule = ["-" * w for w in width[:left]] + ["-" * (w - 1) + ":" for w in width[left:]]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])

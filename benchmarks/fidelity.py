@@ -143,7 +143,8 @@ def markdown(rows: list[dict[str, Any]], keys: tuple[str, ...] = tuple(COLUMNS))
         return f"{value:.{digits.get(key, 4)}f}"
 
     header = ["", "method", *(COLUMNS[key] for key in keys)]
-    return table(header, [[r["group"], r["name"], *(cell(r, key) for key in keys)] for r in rows])
+    cells = [[r["group"], r["name"], *(cell(r, key) for key in keys)] for r in rows]
+    return table(header, cells, left=2)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

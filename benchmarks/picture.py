@@ -48,7 +48,7 @@ def draw(rows: Iterable[dict[str, Any]], path: Path) -> None:
             axis.grid(alpha=0.25, linewidth=0.5)
             axis.margins(0.09, 0.08)
             axis.set_xlim(min(r["flops"] for r in rows) / 1.2, 0.8)
-        axes[0].set_ylim(bottom=0)
+        axes[0].set_ylim(bottom=0, top=1.08 * max(r["error"] for r in rows))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         # Labels look for room in the final layout, so that comes first.
@@ -102,7 +102,8 @@ def _label(axis: Any, points: list[Point]) -> None:
             box = note.get_window_extent(renderer)
             hits = sum(box.overlaps(other) for other in taken)
             inside = axis.bbox.containsx(box.x1) and axis.bbox.containsx(box.x0)
-            hits += 0 if inside and box.y0 > axis.bbox.y0 else 5
+            inside = inside and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
+            hits += 0 if inside else 5
             if best is None or hits < best[0]:
                 if best is not None:
                     best[1].remove()

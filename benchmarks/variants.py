@@ -90,7 +90,7 @@ def variants(grid: vm.VideoGrid) -> list[Variant]:
         Variant("tubes", "(T, 1, 1), 2 steps, first frame exact", v(2, tube), label="+ 1st"),
         Variant("tiled", "tile (1, H, W), block (1, 1, W)", t(), label="(1,H,W)"),
         Variant(
-            "tiled", f"tile (1, {half}, W), block (1, 1, W)", t(tile=(1, half, width)),
+            "tiled", "tile (1, H/2, W), block (1, 1, W)", t(tile=(1, half, width)),
             label="(1,H/2,W)",
         ),
         Variant(
