@@ -77,7 +77,8 @@ class Checkpoints:
             jax.device_put(np.asarray(stored[name], leaf.dtype)) for name, leaf in named.items()
         ]
         try:
-            data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))
+            composite = ocp.args.Composite(data=ocp.args.JsonRestore())
+            data: Any = self._manager.restore(step, args=composite)
             return jax.tree.unflatten(jax.tree.structure(like), leaves), data["data"]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(

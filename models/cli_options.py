@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,14 @@ def shape3(text: str) -> tuple[int, int, int]:
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, config: type, skip: Iterable[str] = (), **defaults: Any
+    parser: argparse.ArgumentParser,
+    config: type,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
     """Adds one flag for each number in a dataclass, `--like-this` for `like_this`."""
     for field in dataclasses.fields(config):
         default = defaults.get(field.name, field.default)
-        if field.name in skip or not isinstance(default, int | float):
+        if not isinstance(default, int | float):
             continue
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",

@@ -25,10 +25,10 @@ from .step import OPTIMIZERS, TrainConfig
 from .train import train
 
 
-def _add_run(parser: argparse.ArgumentParser, **defaults: float) -> None:
+def _add_run(parser: argparse.ArgumentParser, attention: str = "dense", **defaults: float) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run")
-    options.add_attention(parser, str(defaults.pop("attention", "dense")))
-    options.add_fields(parser, TrainConfig, **defaults)
+    options.add_attention(parser, attention)
+    options.add_fields(parser, TrainConfig, defaults=defaults)
     options.add_fields(parser, FlowConfig)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default adamw")
     parser.add_argument("--frames", type=int, help="frames of the training videos")
@@ -99,10 +99,15 @@ def _run_sample(args: argparse.Namespace) -> None:
         caption = None
     began = time.perf_counter()
     with tqdm(total=args.steps, desc="sampling") as bar:
+
+        def on_step(step: int, x: jax.Array) -> None:
+            jax.block_until_ready(x)
+            bar.update()
+
         videos = sample(
             model, jax.random.key(args.seed), label, caption, steps=args.steps,
             guidance=args.guidance, shift=args.shift, solver=args.solver,
-            on_step=lambda n, x: (jax.block_until_ready(x), bar.update()),
+            on_step=on_step,
         )  # fmt: skip
     seconds = time.perf_counter() - began
     gif, strip = args.out.with_suffix(".gif"), args.out.with_suffix(".png")

@@ -26,7 +26,7 @@ from .params import Params, check_params, split_params
 _FORMAT = "vmonarch-video-dit-1"
 
 
-def _digest(params: Mapping[str, Array]) -> str:
+def _digest(params: Mapping[str, Array | np.ndarray]) -> str:
     """SHA-256 over names and raw values: storage formats do not always check what they read."""
     total = hashlib.sha256()
     for name in sorted(params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from flax import nnx
 from jaxtyping import Array
@@ -10,8 +11,10 @@ from jaxtyping import Array
 #: Parameters by name, such as `blocks.0.attention.qkv.kernel`.
 Params = dict[str, Array]
 
+Model = TypeVar("Model", bound=nnx.Module)
 
-def split_params(model: nnx.Module) -> tuple[Callable[[Mapping[str, Array]], nnx.Module], Params]:
+
+def split_params(model: Model) -> tuple[Callable[[Mapping[str, Array]], Model], Params]:
     """Returns `(rebuild, params)`: `rebuild(params)` is the model with these parameters.
 
     Names depend on the model's attributes alone, so stored parameters outlive changes in how
@@ -25,14 +28,14 @@ def split_params(model: nnx.Module) -> tuple[Callable[[Mapping[str, Array]], nnx
     graph, state = nnx.split(model)
     variables = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}
 
-    def rebuild(params: Mapping[str, Array]) -> nnx.Module:
+    def rebuild(params: Mapping[str, Array]) -> Model:
         flat = [(path, v.replace(params[name])) for name, (path, v) in variables.items()]
         return nnx.merge(graph, nnx.from_flat_state(flat))
 
     return rebuild, {name: v.get_value() for name, (_, v) in variables.items()}
 
 
-def check_params(got: Mapping[str, object], expected: Mapping[str, object], where: object) -> None:
+def check_params(got: Mapping[str, Any], expected: Mapping[str, Any], where: object) -> None:
     """Raises `ValueError` unless both have the same names and shapes.
 
     Args:

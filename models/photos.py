@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from importlib.metadata import version
 
 import numpy as np
 import skimage
@@ -89,13 +90,13 @@ def load(name: str) -> Pyramid:
         raise ValueError(f"expected a photograph of {sorted(_FILES)}, got {name!r}")
     path = pathlib.Path(skimage.__file__).parent / "data" / _FILES[name]
     if not path.exists():
-        raise FileNotFoundError(f"scikit-image {skimage.__version__} ships no {path}")
+        raise FileNotFoundError(f"scikit-image {version('scikit-image')} ships no {path}")
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     short = min(image.size)
     levels = []
     for side in LEVELS:
-        size = tuple(round(length * side / short) for length in image.size)
-        resized = image.resize(size, Image.Resampling.LANCZOS)
+        width, height = (round(length * side / short) for length in image.size)
+        resized = image.resize((width, height), Image.Resampling.LANCZOS)
         levels.append(np.asarray(resized, np.float32) / 127.5 - 1.0)
     return Pyramid(name, tuple(levels), image.size[1] / short, image.size[0] / short)

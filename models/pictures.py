@@ -52,8 +52,8 @@ def save_strip(
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     videos = to_uint8(videos)
-    if frames is None:
-        count = videos.shape[1]
-        frames = np.unique(np.linspace(0, count - 1, min(8, count)).round().astype(int))
-    rows = [np.concatenate([video[n] for n in frames], axis=1) for video in videos]
+    count = videos.shape[1]
+    even = np.unique(np.linspace(0, count - 1, min(8, count)).round().astype(int))
+    chosen = even if frames is None else frames
+    rows = [np.concatenate([video[n] for n in chosen], axis=1) for video in videos]
     _enlarge(np.concatenate(rows, axis=0), scale).save(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from .labels import MOTIONS, PHOTOS
 from .motions import make_video
@@ -39,7 +40,7 @@ class MotionVideos:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.generic]:
         index = int(index)
         if not 0 <= index < self.length:
             raise IndexError(f"expected an index in [0, {self.length}), got {index}")
@@ -79,5 +80,7 @@ def batches(
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     )
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads absl's flags, which only absl's apps parse
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)

@@ -68,7 +68,8 @@ def integrate(
     _check_solver(solver)
 
     def body(x, ends):
-        return solver_step(velocity, x, *ends, solver), None
+        t, t_next = ends
+        return solver_step(velocity, x, t, t_next, solver), None
 
     return jax.lax.scan(body, x, (times[:-1], times[1:]))[0]
 

@@ -59,22 +59,25 @@ def _cosines(n: int) -> Float[np.ndarray, "n n"]:
     return rows.astype(np.float32)
 
 
+def _bases(size: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """The matrices to modes of each axis of a video: time, height, width, colour."""
+    return (*map(_cosines, size[:3]), _COLOURS.astype(np.float32))
+
+
 def to_modes(
     x: Float[Array, "batch frames height width 3"],
 ) -> Float[Array, "batch frames height width 3"]:
     """Orthonormal transform to cosine modes and opponent colours, in float32."""
-    t, y, w = (_cosines(n) for n in x.shape[1:4])
-    colours = _COLOURS.astype(np.float32)
-    return jnp.einsum("ztyxc,Tt,Yy,Xx,Cc->zTYXC", x, t, y, w, colours, optimize="optimal")
+    bases = _bases(x.shape[1:])
+    return jnp.einsum("ztyxc,Tt,Yy,Xx,Cc->zTYXC", x, *bases, optimize="optimal")
 
 
 def from_modes(
     modes: Float[Array, "batch frames height width 3"],
 ) -> Float[Array, "batch frames height width 3"]:
     """The inverse of `to_modes`, which is its transpose."""
-    t, y, w = (_cosines(n) for n in modes.shape[1:4])
-    colours = _COLOURS.astype(np.float32)
-    return jnp.einsum("zTYXC,Tt,Yy,Xx,Cc->ztyxc", modes, t, y, w, colours, optimize="optimal")
+    bases = _bases(modes.shape[1:])
+    return jnp.einsum("zTYXC,Tt,Yy,Xx,Cc->ztyxc", modes, *bases, optimize="optimal")
 
 
 def wiener(
@@ -92,7 +95,8 @@ def wiener(
 
     The guesses are videos; `gain` is `[batch, frames, height, width, 3]` in modes.
     """
-    power = spectrum.power(x.shape[1:4])
+    frames, height, width = x.shape[1:4]
+    power = spectrum.power((frames, height, width))
     t = t[:, None, None, None, None]
     modes = to_modes(x)
     variance = t**2 + (1 - t) ** 2 * power

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     def kernels(params: Params) -> dict[str, bool]:
         return {name: name.endswith("kernel") for name in params}
 
-    def block_kernels(params: Params) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+    def block_kernels(params: Any) -> Any:
         return {
             name: optax.contrib.MuonDimensionNumbers() if kernel and "blocks." in name else None
             for name, kernel in kernels(params).items()
@@ -166,7 +166,7 @@ def make_step(
 
         loss, gradient = jax.value_and_grad(loss_of)(state.params)
         updates, rule_state = rule.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
         ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
         metrics = {

@@ -82,13 +82,18 @@ def train(
     with Checkpoints(folder / "checkpoints", config.keep) as checkpoints, _stop_signals() as stop:
         if checkpoints.latest() is not None:
             state, position = checkpoints.restore(state)
-            data.set_state(position)
+            if position["workers"] != workers:
+                raise ValueError(
+                    f"expected workers = {position['workers']}, as this run was started, "
+                    f"got {workers}"
+                )
+            data.set_state(position["state"])
         start = int(state.step)
         metrics_path = folder / "metrics.csv"
         metrics = MetricsCSV(metrics_path, ("loss", "grad_norm", "learning_rate", "seconds"), start)
 
         def save() -> None:
-            checkpoints.save(state, data.get_state())
+            checkpoints.save(state, {"workers": workers, "state": data.get_state()})
             export_params(folder / "export", model_config, state.ema, note=str(attention))
             plot_losses({folder.name: metrics_path}, folder / "loss.png")
             if on_checkpoint:
@@ -125,18 +130,17 @@ def _claim(folder, model_config, config, attention) -> None:
         return
     try:
         found = json.loads(path.read_text())
-        for part in wanted:
+        for settings in (found["train"], wanted["train"]):
             # how often to save decides nothing about the outcome and may change between resumes
-            for name in ("save_every", "keep"):
-                if isinstance(found[part], dict):
-                    found[part].pop(name, None), wanted[part].pop(name, None)
-            if found[part] != wanted[part]:
-                raise ValueError(
-                    f"{path}: expected the run that is there, {part} = {found[part]}, "
-                    f"got {wanted[part]}; choose another folder for another run"
-                )
+            del settings["save_every"], settings["keep"]
+        changed = [part for part in wanted if found[part] != wanted[part]]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the settings of a run, got {error}") from error
+        raise ValueError(f"{path}: expected the settings of a run, got {error!r}") from error
+    for part in changed:
+        raise ValueError(
+            f"{path}: expected the run that is there, {part} = {found[part]}, "
+            f"got {wanted[part]}; choose another folder for another run"
+        )
 
 
 @contextlib.contextmanager

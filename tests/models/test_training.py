@@ -133,6 +133,8 @@ def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
     other = dataclasses.replace(CONFIG, learning_rate=1.0)
     with pytest.raises(ValueError, match=r"run.json: expected the run that is there, train = "):
         train(tmp_path, MODEL, other, attention=vm.Dense(), progress=False)
+    with pytest.raises(ValueError, match="expected workers = 0, as this run was started, got 1"):
+        train(tmp_path, MODEL, CONFIG, attention=vm.Dense(), workers=1, progress=False)
     with pytest.raises(ValueError, match=r"run.json: .*VMonarch"):
         train(tmp_path, MODEL, CONFIG, attention=vm.VMonarch(), progress=False)
     for path in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
