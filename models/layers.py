@@ -1,16 +1,17 @@
-"""The parts of the transformer: attention with an injected method, MLP and adaLN block."""
+"""The parts of the transformer: layer norm and the adaLN block around attention and MLP."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 import vmonarch_jax as vm
+from vmonarch_jax.nn import VideoSelfAttention
 
 from .config import VideoDiTConfig
 from .rope import apply_rope
@@ -28,35 +29,6 @@ def layer_norm(x: Float[Array, "batch seq dim"]) -> Float[Array, "batch seq dim"
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPS)
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention: QK-norm, 3-D RoPE, then whatever method it is handed."""
-
-    def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs) -> None:
-        dim, dtype = config.dim, config.compute_dtype
-        self.heads = config.heads
-        self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
-        # RMS norm of each head keeps the logits bounded, which lets the learning rate be large
-        self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=_NORM_EPS, dtype=jnp.float32, rngs=rngs)
-        self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=_NORM_EPS, dtype=jnp.float32, rngs=rngs)
-        self.out = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "batch seq dim"],
-        angles: Float[Array, "seq half_dim"],
-        attention: AttentionMethod,
-        grid: vm.VideoGrid,
-    ) -> Float[Array, "batch seq dim"]:
-        """Returns the layer's output; `angles` are `rope_angles(grid, head_dim)`."""
-        q, k, v = einops.rearrange(
-            self.qkv(x), "z n (three h d) -> three z n h d", three=3, h=self.heads
-        )
-        q = apply_rope(self.q_norm(q), angles).astype(v.dtype)
-        k = apply_rope(self.k_norm(k), angles).astype(v.dtype)
-        out = attention(q, k, v, grid=grid)
-        return self.out(einops.rearrange(out, "z n h d -> z n (h d)"))
-
-
 class Block(nnx.Module):
     """One transformer block under adaptive layer norm (adaLN).
 
@@ -69,7 +41,7 @@ class Block(nnx.Module):
     def __init__(self, config: VideoDiTConfig, *, rngs: nnx.Rngs) -> None:
         dim, dtype = config.dim, config.compute_dtype
         self.modulation = nnx.Param(jnp.zeros((6, dim)))
-        self.attention = SelfAttention(config, rngs=rngs)
+        self.attention = VideoSelfAttention(dim, config.heads, dtype=dtype, rngs=rngs)
         self.mlp_in = nnx.Linear(dim, config.mlp_ratio * dim, dtype=dtype, rngs=rngs)
         self.mlp_out = nnx.Linear(config.mlp_ratio * dim, dim, dtype=dtype, rngs=rngs)
         self.dtype = dtype
@@ -87,7 +59,9 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
         # the residual stream stays float32: small updates must not be lost in bfloat16
-        x = x + gate1 * self.attention(h, angles, attention, grid).astype(jnp.float32)
+        rotate = functools.partial(apply_rope, angles=angles)
+        h = self.attention(h, grid=grid, rotate=rotate, attention=attention)
+        x = x + gate1 * h.astype(jnp.float32)
         h = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
         h = self.mlp_out(jax.nn.gelu(self.mlp_in(h)))
         return x + gate2 * h.astype(jnp.float32)

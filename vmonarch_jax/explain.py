@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vmonarch_jax.pallas_kernels.numerics import accumulator
 
 from . import checks, flops
-from .dispatch import Implementation, attempts
+from .dispatch import Implementation, attempts, dispatch
 from .grid import VideoGrid, positive_int
 from .methods import Dense, VMonarch
 
@@ -110,17 +110,10 @@ def explain(
     size = jnp.dtype(dtype).itemsize
     count = batch * flops.attention(method, grid, heads=heads, head_dim=head_dim)
     dense = batch * flops.attention(Dense(), grid, heads=heads, head_dim=head_dim)
-    passed, chosen = [], None
-    for name, backend, reason in attempts(implementation):
-        if backend is not None:
-            chosen = backend
-            break
-        passed.append((name, reason))
-    if chosen is None:
-        raise NotImplementedError(
-            "no named implementation can do this call: "
-            + "; ".join(f"{name!r}: {reason}" for name, reason in passed)
-        )
+    chosen = dispatch(implementation, lambda backend: backend)
+    tried = attempts(implementation)
+    before = tried[: [name for name, _, _ in tried].index(chosen.name)]
+    passed = [(name, reason) for name, _, reason in before]
     notes, tiling = [], None
     if isinstance(method, VMonarch):
         cut = flops.tiling_of(method, grid)
