@@ -1,0 +1,120 @@
+"""Compiling for a TPU that is not there, and reading the schedule that the compiler made.
+
+libtpu compiles without a device and dumps, for each Pallas kernel, one line a VLIW bundle: one
+cycle of one grid step, with the units that it keeps busy. Waits for memory are not in it.
+One process compiles for one kind of chip: call `start` before anything else touches JAX.
+"""
+
+import dataclasses
+import glob
+import os
+import re
+import tempfile
+from typing import Any
+
+UNITS = (
+    "matmul", "push", "xlu", "valu", "pop", "eup", "load", "fill", "store", "spill", "scalar"
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What one grid step of a kernel does.
+
+    Args:
+        name: of the kernel.
+        cycles: bundles of one grid step.
+        used: slots used, by unit.
+        slots: slots a cycle, by unit.
+        vmem: bytes of VMEM allocated.
+    """
+
+    name: str
+    cycles: int
+    used: dict[str, int]
+    slots: dict[str, int]
+    vmem: int
+
+    def busy(self, unit: str) -> float:
+        """Share of a unit's slots that are used."""
+        return self.used[unit] / (self.slots[unit] * self.cycles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program: its kernels, its HLO text and its memory."""
+
+    kernels: tuple[Schedule, ...]
+    hlo: str
+    memory: Any
+
+
+class Compiler:
+    """Compiles functions for one TensorCore of a chip."""
+
+    def __init__(self, chip: str) -> None:
+        """Sets the process up; raises RuntimeError if libtpu was already initialised."""
+        from vmonarch_jax.pallas_kernels.tpu.chips import CHIPS
+
+        self.chip = CHIPS[chip]
+        self._dump = tempfile.TemporaryDirectory(prefix="llo-")
+        os.environ.update(
+            JAX_PLATFORMS="cpu",
+            TPU_SKIP_MDS_QUERY="1",
+            TPU_ACCELERATOR_TYPE="v6e-4",
+            TPU_WORKER_HOSTNAMES="localhost",
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+            LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={self._dump.name} --xla_jf_dump_llo_text=true",
+        )
+        import jax
+        from jax.experimental import topologies
+        from jax.sharding import SingleDeviceSharding
+
+        jax.config.update("jax_platforms", "cpu")
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=self.chip.topology
+        )
+        self.devices = topology.devices
+        self._sharding = SingleDeviceSharding(topology.devices[0])
+
+    def __call__(self, function: Any, *arguments: Any) -> Compiled:
+        """Compile `function` for arguments given as `ShapeDtypeStruct`s (or arrays, or trees)."""
+        import jax
+
+        from vmonarch_jax.pallas_kernels.tpu.chips import tracing_for
+
+        for path in glob.glob(f"{self._dump.name}/*"):
+            os.remove(path)
+
+        def placed(x: Any) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
+
+        # A fresh function: JAX would otherwise hand back what it traced for another chip.
+        def fresh(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        with tracing_for(self.chip.name):
+            traced = jax.jit(fresh).trace(*jax.tree.map(placed, arguments))
+        compiled = traced.lower().compile()
+        return Compiled(
+            tuple(self._schedules()), compiled.as_text() or "", compiled.memory_analysis()
+        )
+
+    def _schedules(self) -> list[Schedule]:
+        found = []
+        pattern = f"{self._dump.name}/*pre-delay_hlo-static-per-bundle-utilization.txt"
+        for path in sorted(glob.glob(pattern)):
+            match = re.fullmatch(r"\d+-(.+)-\d+-pre-delay_hlo-static.*", os.path.basename(path))
+            if not match or match[1].startswith("<") or match[1] == "TLP":
+                continue
+            lines = open(path).read().splitlines()
+            slots = dict(zip(UNITS, map(int, lines[2].split()), strict=True))
+            rows = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
+            used = dict(zip(UNITS, map(sum, zip(*rows, strict=True)), strict=True))
+            originals = glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-02-original.txt")
+            text = open(originals[0]).read() if originals else ""
+            sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text)
+            found.append(
+                Schedule(match[1], len(rows), used, slots, sum(int(s, 16) for s in sizes))
+            )
+        return found
