@@ -45,6 +45,7 @@ class Compiled:
     """A compiled program: its kernels, its HLO text and its memory."""
 
     kernels: tuple[Schedule, ...]
+    launches: tuple[Any, ...]
     hlo: str
     memory: Any
 
@@ -71,9 +72,7 @@ class Compiler:
         from jax.sharding import SingleDeviceSharding
 
         jax.config.update("jax_platforms", "cpu")
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=self.chip.topology
-        )
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=self.chip.topology)
         self.devices = topology.devices
         self._sharding = SingleDeviceSharding(topology.devices[0])
 
@@ -81,6 +80,7 @@ class Compiler:
         """Compile `function` for arguments given as `ShapeDtypeStruct`s (or arrays, or trees)."""
         import jax
 
+        from vmonarch_jax.pallas_kernels.tpu.call import recording
         from vmonarch_jax.pallas_kernels.tpu.chips import tracing_for
 
         for path in glob.glob(f"{self._dump.name}/*"):
@@ -93,11 +93,14 @@ class Compiler:
         def fresh(*arguments: Any) -> Any:
             return function(*arguments)
 
-        with tracing_for(self.chip.name):
+        with tracing_for(self.chip.name), recording() as launches:
             traced = jax.jit(fresh).trace(*jax.tree.map(placed, arguments))
         compiled = traced.lower().compile()
         return Compiled(
-            tuple(self._schedules()), compiled.as_text() or "", compiled.memory_analysis()
+            tuple(self._schedules()),
+            tuple(launches),
+            compiled.as_text() or "",
+            compiled.memory_analysis(),
         )
 
     def _schedules(self) -> list[Schedule]:
@@ -114,7 +117,5 @@ class Compiler:
             originals = glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-02-original.txt")
             text = open(originals[0]).read() if originals else ""
             sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text)
-            found.append(
-                Schedule(match[1], len(rows), used, slots, sum(int(s, 16) for s in sizes))
-            )
+            found.append(Schedule(match[1], len(rows), used, slots, sum(int(s, 16) for s in sizes)))
         return found

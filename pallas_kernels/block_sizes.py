@@ -19,22 +19,34 @@ class BlockSizes:
         xla_scores: largest number of attention scores (elements, not bytes) that the "xla"
             implementation holds at once, at least one row of scores; `None` takes 2**18 on a
             CPU and 2**26 elsewhere.
+        tpu_rows: rows of scores that a TPU kernel works on at a time, in tokens.
+        tpu_keys: keys that a TPU kernel holds in VMEM at a time, in tokens.
+        tpu_positions: positions of a block that a TPU kernel's L step takes at a time.
+        tpu_tiles: query tiles that the fused tiled kernel takes at a time.
+
+    The TPU fields are wishes, rounded to what the chip can do; `None` takes the tuned table's.
 
     Raises:
-        ValueError: if `xla_scores` is not a positive integer.
+        ValueError: if a field is neither `None` nor a positive integer.
     """
 
     xla_scores: int | None = None
+    tpu_rows: int | None = None
+    tpu_keys: int | None = None
+    tpu_positions: int | None = None
+    tpu_tiles: int | None = None
 
     def __post_init__(self) -> None:
-        if self.xla_scores is None:
-            return
-        try:
-            positive = self.xla_scores is not True and operator.index(self.xla_scores) > 0
-        except TypeError:
-            positive = False
-        if not positive:
-            raise ValueError(f"`xla_scores` must be a positive integer, got {self.xla_scores!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            try:
+                positive = value is not True and operator.index(value) > 0
+            except TypeError:
+                positive = False
+            if not positive:
+                raise ValueError(f"`{field.name}` must be a positive integer, got {value!r}")
 
     def scores(self) -> int:
         """Largest chunk of scores, in elements, resolved for the default device."""

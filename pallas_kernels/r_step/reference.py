@@ -23,9 +23,7 @@ def r_step(
     del block_sizes, known
     wide = accumulator(qt.dtype)
     highest = jax.lax.Precision.HIGHEST
-    x = scale * jnp.einsum(
-        "gkjd,gkid->gkji", qt.astype(wide), k.astype(wide), precision=highest
-    )
+    x = scale * jnp.einsum("gkjd,gkid->gkji", qt.astype(wide), k.astype(wide), precision=highest)
     some = jnp.full((*x.shape[:2], 1), True) if keys is None else keys.any(-1, keepdims=True)
     keep = jnp.full((1, 1, 1, 1), True) if keys is None else keys[..., None, :]
     safe = keep | ~some[..., None]

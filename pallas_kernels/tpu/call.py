@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,31 @@ from . import chips
 
 _interpret: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=False)
 _fast_path_only: contextvars.ContextVar[bool] = contextvars.ContextVar("fast_only", default=False)
+
+_launches: contextvars.ContextVar[Any] = contextvars.ContextVar("launches", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One traced kernel: its grid, and what it does over the whole grid."""
+
+    name: str
+    grid: tuple[int, ...]
+    flops: int
+    exps: int
+    moved: int
+    blocks: tuple[tuple[str, int], ...] = ()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects every launch that is traced inside."""
+    found: list[Launch] = []
+    token = _launches.set(found)
+    try:
+        yield found
+    finally:
+        _launches.reset(token)
 
 
 def available() -> bool:
@@ -61,9 +87,18 @@ def launch(
     flops: int = 0,
     exps: int = 0,
     moved: int = 0,
+    blocks: dict[str, int] | None = None,
     **more: Any,
 ) -> Callable[..., Any]:
-    """`pl.pallas_call` with this project's defaults; `flops`, `exps`, `moved` inform XLA."""
+    """`pl.pallas_call` with this project's defaults.
+
+    `flops` (of matmuls), `exps` and `moved` (HBM bytes, each re-read counted) are those of the
+    whole grid; they inform XLA and, with `blocks`, the schedule table and `vm.explain`.
+    """
+    found = _launches.get()
+    if found is not None:
+        chosen = tuple(sorted((blocks or {}).items()))
+        found.append(Launch(name, tuple(grid), flops, exps, moved, chosen))
     return pl.pallas_call(
         body,
         name=name,

@@ -1,0 +1,52 @@
+"""Which block sizes a kernel runs with: the caller's, else the tuner's, else the kernel's own."""
+
+import functools
+import json
+import math
+from importlib import resources
+from typing import Any
+
+from ..block_sizes import BlockSizes
+from . import chips
+
+
+@functools.cache
+def entries() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The recorded table: by chip and kernel, a list of shapes with their best blocks."""
+    text = resources.files(__package__).joinpath("table.json").read_text()
+    return json.loads(text)
+
+
+def nearest(kernel: str, shape: dict[str, int], dtype: Any) -> dict[str, Any] | None:
+    """The recorded entry whose shape is nearest in ratio; `None` if the kernel has none.
+
+    An entry for the same dtype goes before one for another.
+    """
+    known = entries().get(chips.current().name, {}).get(kernel, [])
+
+    def distance(entry: dict[str, Any]) -> tuple[bool, float]:
+        apart = sum(abs(math.log(entry["shape"].get(n, 1) / size)) for n, size in shape.items())
+        return entry["dtype"] != str(dtype), apart
+
+    return min(known, key=distance, default=None)
+
+
+def choose(
+    kernel: str,
+    shape: dict[str, int],
+    dtype: Any,
+    defaults: dict[str, int],
+    block_sizes: BlockSizes,
+) -> dict[str, int]:
+    """Block sizes by name, for the names in `defaults` ("rows", "keys", "positions", "tiles").
+
+    A kernel still has to fit them to its shape: entries come from other shapes, overrides from
+    people.
+    """
+    entry = nearest(kernel, shape, dtype)
+    blocks = defaults | (entry["blocks"] if entry else {})
+    for name in blocks:
+        asked = getattr(block_sizes, f"tpu_{name}", None)
+        if asked is not None:
+            blocks[name] = asked
+    return blocks
