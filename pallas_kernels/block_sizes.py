@@ -10,6 +10,9 @@ import jax
 CPU_SCORES = 2**18
 ACCELERATOR_SCORES = 2**26
 
+# A heads-major copy of q beyond this is made a few heads at a time.
+COPY_BYTES = 2**28
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -23,6 +26,9 @@ class BlockSizes:
         tpu_keys: keys that a TPU kernel holds in VMEM at a time, in tokens.
         tpu_positions: positions of a block that a TPU kernel's L step takes at a time.
         tpu_tiles: query tiles that the fused tiled kernel takes at a time.
+        copy_bytes: heads are computed a few at a time where a heads-major copy of one of the
+            inputs would be larger than this; `None` takes 256 MiB. Kernels that keep no scores
+            in memory go by it, "xla" by `xla_scores`.
 
     The TPU fields are wishes, rounded to what the chip can do; `None` takes the tuned table's.
 
@@ -35,6 +41,7 @@ class BlockSizes:
     tpu_keys: int | None = None
     tpu_positions: int | None = None
     tpu_tiles: int | None = None
+    copy_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -53,3 +60,7 @@ class BlockSizes:
         if self.xla_scores is not None:
             return self.xla_scores
         return CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES
+
+    def bytes(self) -> int:
+        """Largest heads-major copy of an input, in bytes."""
+        return COPY_BYTES if self.copy_bytes is None else self.copy_bytes

@@ -55,9 +55,9 @@ def dense_attention(
     block_sizes = checks.block_sizes_of(block_sizes)
 
     def part(backend: Backend) -> Part:
-        on = {"backend": backend, "block_sizes": block_sizes}
-        heads = functools.partial(dense_part, scale=scale, **on)
+        heads = functools.partial(dense_part, scale=scale, block_sizes=block_sizes)
         scores = query.shape[1] * key.shape[1]
+        on = {"backend": backend, "block_sizes": block_sizes}
         return by_heads(heads, (query, key, value), key_mask, scores=scores, **on)
 
     out, lse = dispatch(implementation, part)

@@ -4,10 +4,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
+
 from vmonarch_jax.pallas_kernels.attend import reference as attend_reference
 from vmonarch_jax.pallas_kernels.attend import xla as attend_xla
 from vmonarch_jax.pallas_kernels.l_step import reference as l_reference
 from vmonarch_jax.pallas_kernels.l_step import xla as l_xla
+from vmonarch_jax.pallas_kernels.r_step import reference as r_reference
+from vmonarch_jax.pallas_kernels.r_step import xla as r_xla
+from vmonarch_jax.pallas_kernels.tpu import mode
 
 T = TypeVar("T")
 Implementation = str | Sequence[str] | None
@@ -15,22 +20,52 @@ Implementation = str | Sequence[str] | None
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """The three kernels that every method here is made of."""
+    """The kernels that every method here is made of.
+
+    Args:
+        name: of the implementation.
+        attend: softmax attention of groups of rows (dense rows).
+        r_step: attention of the mean queries on their own key block.
+        l_middle: the L step that returns mean queries.
+        l_last: the L step that returns the output.
+        tiled: one iteration for every pair of tiles in one kernel; returns `None` for a call
+            that it does not serve. `None`: there is none.
+        loops: whether heads and tiles are looped over so that few scores are alive at once.
+        keeps: whether the attention kernels hold no scores in memory, and take `known` results.
+    """
 
     name: str
     attend: Callable[..., Any]
+    r_step: Callable[..., Any]
     l_middle: Callable[..., Any]
     l_last: Callable[..., Any]
-    # Whether heads and tiles are looped over, so that only a chunk of them is alive at once.
-    loops: bool
+    tiled: Callable[..., Any] | None = None
+    loops: bool = False
+    keeps: bool = False
 
 
-BACKENDS: dict[str, Backend | None] = {
-    "reference": Backend(
-        "reference", attend_reference.attend, l_reference.middle, l_reference.last, loops=False
-    ),
-    "xla": Backend("xla", attend_xla.attend, l_xla.middle, l_xla.last, loops=True),
-    "pallas_tpu": None,
+def _pallas_tpu() -> Backend:
+    if not mode.available():
+        raise NotImplementedError(f"needs a TPU, and this is a {jax.default_backend()}")
+    from vmonarch_jax.pallas_kernels.attend import tpu as attend
+    from vmonarch_jax.pallas_kernels.l_step import tpu as l_step
+    from vmonarch_jax.pallas_kernels.r_step import tpu as r_step
+
+    return Backend(
+        "pallas_tpu", attend.attend, r_step.r_step, l_step.middle, l_step.last, keeps=True
+    )
+
+
+REFERENCE = Backend(
+    "reference", attend_reference.attend, r_reference.r_step, l_reference.middle, l_reference.last
+)
+XLA = Backend("xla", attend_xla.attend, r_xla.r_step, l_xla.middle, l_xla.last, loops=True)
+
+# How each implementation is had; `None`: it is not there yet. Kernels are imported when asked for.
+BACKENDS: dict[str, Callable[[], Backend] | None] = {
+    "reference": lambda: REFERENCE,
+    "xla": lambda: XLA,
+    "pallas_tpu": _pallas_tpu,
     "pallas_gpu": None,
     "cudnn": None,
 }
@@ -65,8 +100,13 @@ def attempts(implementation: Implementation) -> list[tuple[str, Backend | None, 
     """Each name in order with its backend, or `None` and the reason why it can't serve."""
     found: list[tuple[str, Backend | None, str]] = []
     for name in names(implementation):
-        backend = BACKENDS[name]
-        reason = "" if backend else f"version {_version()} has no such kernel for any device"
+        load = BACKENDS[name]
+        backend, reason = None, f"version {_version()} has no such kernel for any device"
+        if load is not None:
+            try:
+                backend, reason = load(), ""
+            except NotImplementedError as error:
+                reason = str(error)
         found.append((name, backend, reason))
     return found
 

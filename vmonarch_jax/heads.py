@@ -12,7 +12,8 @@ from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.chunks import map_chunks
 
 from .dispatch import Backend
-from .monarch import monarch_tile
+from .keeping import record, replay
+from .monarch import monarch_tiles
 from .parts import Part
 
 
@@ -27,17 +28,37 @@ def by_heads(
 ) -> Part:
     """`function` on heads-major copies of token-major arrays, as many heads as the budget holds.
 
-    `function(*arrays, masks)` gets `[z, h, n, d]` arrays and masks with a leading batch axis,
-    and returns a heads-major part that is made of each head apart. `scores` is the number of
-    scores that it computes for a head.
+    `function(backend, *arrays, masks)` gets `[z, h, n, d]` arrays and masks with a leading batch
+    axis, and returns a heads-major part that is made of each head apart. `scores` is the number
+    of scores that it computes for a head.
     """
     batch, _, heads, _ = arrays[0].shape
-    if not backend.loops:
-        return _tokens_major(function(*(x.swapaxes(1, 2) for x in arrays), masks))
-    at_once = max(1, block_sizes.scores() // scores)
-    some_heads = _divisor(heads, at_once)
-    some_entries = _divisor(batch, at_once // heads) if some_heads == heads else 1
-    return _loop(function, (some_entries, some_heads), arrays, masks)
+    size = (batch, heads)
+    if backend.loops:
+        at_once = max(1, block_sizes.scores() // scores)
+        some_heads = _divisor(heads, at_once)
+        some_entries = _divisor(batch, at_once // heads) if some_heads == heads else 1
+        size = (some_entries, some_heads)
+    elif backend.keeps:
+        size = _size_by_bytes(arrays, block_sizes)
+    else:
+        return _tokens_major(function(backend, *(x.swapaxes(1, 2) for x in arrays), masks))
+    return _loop(function, backend, size, arrays, masks)
+
+
+def _size_by_bytes(arrays: Any, block_sizes: BlockSizes) -> tuple[int, int]:
+    """All heads while their heads-major copies are small, else a few: `(entries, heads)`.
+
+    Each array is copied, and a method keeps about as many intermediate ones beside them.
+    """
+    batch, _, heads, _ = arrays[0].shape
+    each = max(x.size * x.dtype.itemsize for x in arrays) // (batch * heads)
+    at_once = max(1, block_sizes.bytes() // each)
+    if at_once >= heads:
+        return _divisor(batch, at_once // heads), heads
+    # Heads lie in tiles of 8 in memory: whole tiles are cut out without shifting.
+    eights = [n for n in range(8, at_once + 1, 8) if heads % n == 0]
+    return 1, max(eights, default=_divisor(heads, at_once))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -50,74 +71,116 @@ def _tokens_major(part: Part) -> Part:
 
 # With a gradient of its own: the backward pass runs each chunk of heads again, and writes its
 # gradients side by side. JAX's own would either keep heads-major copies of all inputs, or add up
-# gradients of whole arrays, a chunk at a time.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loop(function: Any, size: tuple[int, int], arrays: Any, masks: Any) -> Part:
-    def some(cut: Callable[..., Any]) -> Part:
-        return function(*(cut(x).swapaxes(1, 2) for x in arrays), _cut_masks(cut, masks))
+# gradients of whole arrays, a chunk at a time. A backend that `keeps` passes on what its attention
+# kernels returned, which spares the second run of them and costs a few arrays of the size of q.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loop(function: Any, backend: Backend, size: tuple[int, int], arrays: Any, masks: Any) -> Part:
+    def some(cut: Callable[..., Any], _: Any) -> Part:
+        return function(backend, *_heads_major(cut, arrays), _cut_masks(cut, masks))
 
-    return Part(*_over_chunks(some, size, arrays[0].shape))
-
-
-def _loop_forward(function, size, arrays, masks):
-    return _loop(function, size, arrays, masks), (arrays, masks)
+    return Part(*_over_chunks(some, size, arrays[0].shape)[0])
 
 
-def _loop_backward(function, size, saved, gradient):
-    arrays, masks = saved
+def _loop_forward(function, backend, size, arrays, masks):
+    if not backend.keeps:
+        return _loop(function, backend, size, arrays, masks), (arrays, masks, None)
 
-    def some(cut: Callable[..., Any]) -> Any:
-        inputs = [cut(x).swapaxes(1, 2) for x in arrays]
+    def some(cut: Callable[..., Any], _: Any) -> tuple[Part, Any]:
+        recording, kept = record(backend)
+        part = function(recording, *_heads_major(cut, arrays), _cut_masks(cut, masks))
+        return part, tuple(kept)
+
+    part, kept = _over_chunks(some, size, arrays[0].shape, keep=True)
+    return Part(*part), (arrays, masks, kept)
+
+
+def _loop_backward(function, backend, size, saved, gradient):
+    arrays, masks, kept = saved
+
+    def some(cut: Callable[..., Any], kept: Any) -> Any:
+        inputs = _heads_major(cut, arrays)
         chunk_masks = _cut_masks(cut, masks)
-        _, pullback = jax.vjp(lambda *x: function(*x, chunk_masks), *inputs)
-        return pullback(Part(*(cut(x).swapaxes(1, 2) for x in gradient)))
 
-    return _over_chunks(some, size, arrays[0].shape), None
+        def run(*inputs: Any) -> Part:
+            replaying = replay(backend, kept) if backend.keeps else backend
+            return function(replaying, *inputs, chunk_masks)
+
+        _, pullback = jax.vjp(run, *inputs)
+        return pullback(Part(*_heads_major(cut, gradient)))
+
+    return _over_chunks(some, size, arrays[0].shape, kept=kept)[0], None
 
 
 _loop.defvjp(_loop_forward, _loop_backward)
+
+
+def _heads_major(cut: Callable[..., Any], arrays: Any) -> list[Any]:
+    return [cut(x).swapaxes(1, 2) for x in arrays]
 
 
 def _cut_masks(cut: Callable[..., Any], masks: Any) -> Any:
     return jax.tree.map(lambda mask: cut(mask, heads=False), masks)
 
 
-def _over_chunks(some: Callable[..., Any], size: tuple[int, int], shape: tuple[int, ...]) -> Any:
-    """`some(cut)` for every chunk; heads-major results become whole token-major arrays."""
+def _over_chunks(
+    some: Callable[..., Any],
+    size: tuple[int, int],
+    shape: tuple[int, ...],
+    keep: bool = False,
+    kept: Any = None,
+) -> tuple[Any, Any]:
+    """`some(cut, kept)` for every chunk; heads-major results are written into token-major arrays.
+
+    With `keep` it returns a pair, whose second half is handed back chunk by chunk in `kept` to
+    another call.
+    """
     batch, _, heads, _ = shape
     counts = batch // size[0], heads // size[1]
 
-    def chunk(index: Any) -> Any:
+    def starts(index: Any) -> tuple[Any, Any]:
+        return index // counts[1] * size[0], index % counts[1] * size[1]
+
+    def chunk(index: Any, kept: Any) -> Any:
         def cut(x: Any, heads: bool = True) -> Any:
             if counts[0] > 1:
-                start = index // counts[1] * size[0]
-                x = jax.lax.dynamic_slice_in_dim(x, start, size[0], axis=0)
+                x = jax.lax.dynamic_slice_in_dim(x, starts(index)[0], size[0], axis=0)
             if heads and counts[1] > 1:
-                start = index % counts[1] * size[1]
-                x = jax.lax.dynamic_slice_in_dim(x, start, size[1], axis=2)
+                x = jax.lax.dynamic_slice_in_dim(x, starts(index)[1], size[1], axis=2)
             return x
 
-        return some(cut)
+        found, keeping = some(cut, kept) if keep else (some(cut, kept), None)
+        return jax.tree.map(lambda x: x.swapaxes(1, 2), found), keeping
 
     if counts == (1, 1):
-        return jax.tree.map(lambda x: x.swapaxes(1, 2), chunk(0))
-    stacked = jax.lax.map(chunk, jnp.arange(counts[0] * counts[1]))
+        return chunk(0, kept)
 
-    def whole(x: Any) -> Any:
-        x = x.reshape(batch // size[0], heads // size[1], *size, *x.shape[3:])
-        return x.swapaxes(1, 2).reshape(batch, heads, *x.shape[4:]).swapaxes(1, 2)
+    # Written where they belong, chunk by chunk: stacked and rearranged at the end they would be
+    # there twice.
+    def write(whole: Any, at: Any) -> Any:
+        index, kept = at
+        found, keeping = chunk(index, kept)
+        entry, head = starts(index)
 
-    return jax.tree.map(whole, stacked)
+        def put(whole: Any, x: Any) -> Any:
+            return jax.lax.dynamic_update_slice(whole, x, (entry, 0, head, 0)[: x.ndim])
+
+        return jax.tree.map(put, whole, found), keeping
+
+    one = jax.eval_shape(lambda kept: chunk(0, kept)[0], jax.tree.map(lambda x: x[0], kept))
+    empty = jax.tree.map(
+        lambda x: jnp.zeros((batch, x.shape[1], heads, *x.shape[3:]), x.dtype), one
+    )
+    return jax.lax.scan(write, empty, (jnp.arange(counts[0] * counts[1]), kept))
 
 
 def dense_part(
+    backend: Backend,
     q: Float[Array, "z h n d"],
     k: Float[Array, "z h s d"],
     v: Float[Array, "z h s e"],
     keys: Bool[Array, "z s"] | None,
     *,
     scale: float,
-    backend: Backend,
     block_sizes: BlockSizes,
 ) -> Part:
     """Exact attention of any rows on any keys: one group a head."""
@@ -132,54 +195,67 @@ def dense_part(
 
 
 def monarch_part(
+    backend: Backend,
     q: Float[Array, "z h a m b d"],
     k: Float[Array, "z h a m b d"],
     v: Float[Array, "z h a m b e"],
     queries: Bool[Array, "z a m b"] | None,
     keys: Bool[Array, "z a m b"] | None,
     *,
-    backend: Backend,
     block_sizes: BlockSizes,
     **settings: Any,
 ) -> Part:
     """Monarch attention of every query tile on the key tiles of its own batch entry and head.
 
-    Every tile sees all key tiles in one softmax. `settings` are those of `monarch_tile`.
+    Every tile sees all key tiles in one softmax. `settings` are those of `monarch_tiles`.
     """
     batch, heads, tiles, m, b, _ = q.shape
-
-    def tile(q, queries, k, v, keys):
-        return monarch_tile(
-            q, k, v, queries, keys, backend=backend, block_sizes=block_sizes, **settings
-        )
-
-    def head(q, k, v, queries, keys):
-        if tiles == 1:
-            return tile(q, queries, k, v, keys)
-
-        def some_tiles(fixed, q, queries):
-            return jax.vmap(lambda q, queries: tile(q, queries, *fixed))(q, queries)
-
-        # The linearised blocks of all tile pairs would be `tiles` times as large as K.
-        at_once = block_sizes.scores() // (tiles * m * b * b) if backend.loops else tiles
-        return map_chunks(some_tiles, at_once, q, queries, shared=(k, v, keys))
-
-    def flat(x, *shape):
-        return None if x is None else x.reshape(-1, *shape, *x.shape[5:])
+    settings |= {"backend": backend, "block_sizes": block_sizes}
 
     def by_head(mask):
-        return None if mask is None else jnp.repeat(mask[:, None], heads, axis=1)
+        if mask is None:
+            return None
+        mask = jnp.broadcast_to(mask[:, None], (batch, heads, *mask.shape[1:]))
+        return mask.reshape(batch * heads, *mask.shape[2:])
 
-    # An axis of one tile is left out: to a compiler a transpose of it looks like a copy.
-    rows = (m, b) if tiles == 1 else (tiles, m, b)
-    arrays = (
-        flat(q, *rows), flat(k, tiles * m, b), flat(v, tiles * m, b),
-        flat(by_head(queries), *rows), flat(by_head(keys), tiles * m, b),
-    )  # fmt: skip
-    if batch * heads == 1:
-        part = head(*jax.tree.map(lambda x: x[0], arrays))
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    queries, keys = by_head(queries), by_head(keys)
+    fused = backend.tiled and backend.tiled(q, k, v, queries, keys, **settings)
+    if fused:
+        return Part(*(x.reshape(batch, heads, *x.shape[1:]) for x in fused))
+    k, v = (x.reshape(-1, tiles * m, b, x.shape[-1]) for x in (k, v))
+    keys = None if keys is None else keys.reshape(-1, tiles * m, b)
+
+    def some_tiles(fixed, q, queries):
+        q, queries = _side_by_side(q), _side_by_side(queries)
+        part = monarch_tiles(q, fixed[0], fixed[1], queries, fixed[2], **settings)
+        return jax.tree.map(lambda x: _apart(x, b), part)
+
+    if backend.loops and tiles > 1:
+        # The linearised blocks of all tile pairs would be `tiles` times as large as K.
+        at_once = block_sizes.scores() // (tiles * m * b * b)
+        part = map_chunks(some_tiles, at_once, q, queries, shared=(k, v, keys), axis=1)
     else:
-        part = jax.vmap(head)(*arrays)
-    return Part(
-        part.out.reshape(batch, heads, tiles, m, b, -1), part.lse.reshape(batch, heads, tiles, m, b)
-    )
+        part = some_tiles((k, v, keys), q, queries)
+    return Part(*(_tiles_last(x).reshape(batch, heads, tiles, m, b, *x.shape[4:]) for x in part))
+
+
+def _side_by_side(x: Any) -> Any:
+    """Tiles as more positions of the same blocks: `[g, a, m, b, ...] -> [g, m, a * b, ...]`."""
+    if x is None:
+        return None
+    if x.shape[1] > 1:  # to a compiler a transpose of an axis of one looks like a copy
+        x = x.swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    return x[:, 0]
+
+
+def _apart(x: Any, b: int) -> Any:
+    """The inverse, with the tiles in front: `[g, m, a * b, ...] -> [a, g, m, b, ...]`."""
+    x = x.reshape(*x.shape[:2], -1, b, *x.shape[3:])
+    return x[None, :, :, 0] if x.shape[2] == 1 else jnp.moveaxis(x, 2, 0)
+
+
+def _tiles_last(x: Any) -> Any:
+    """`[a, g, m, b, ...] -> [g, a, m, b, ...]`."""
+    return x[0][:, None] if x.shape[0] == 1 else x.swapaxes(0, 1)

@@ -1,11 +1,12 @@
-"""Monarch attention of one query tile: the alternating updates, on one page.
+"""Monarch attention of query tiles: the alternating updates, on one page.
 
 A Monarch matrix `A[(l,j),(k,i)] = L[j,l,k] R[k,j,i]` with row-stochastic factors stands in for
 `softmax(s Q K^T)`. Softmax is the maximiser of `<A, s Q K^T> + H(A)` over row-stochastic A; over
 Monarch matrices each factor has a closed form given the other, and the two are updated in turn.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -15,12 +16,12 @@ from .dispatch import Backend
 from .parts import Part
 
 
-def monarch_tile(
-    q: Float[Array, "m b d"],
-    k: Float[Array, "M b d"],
-    v: Float[Array, "M b e"],
-    queries: Bool[Array, "m b"] | None,
-    keys: Bool[Array, "M b"] | None,
+def monarch_tiles(
+    q: Float[Array, "g m n d"],
+    k: Float[Array, "g M b d"],
+    v: Float[Array, "g M b e"],
+    queries: Bool[Array, "g m n"] | None,
+    keys: Bool[Array, "g M b"] | None,
     *,
     steps: int,
     c_r_floor: float,
@@ -29,7 +30,7 @@ def monarch_tile(
     backend: Backend,
     block_sizes: BlockSizes,
 ) -> Part:
-    """`(out, lse)` of `m` query blocks on `M` key blocks of `b` positions each.
+    """`(out, lse)` of `m` query blocks of `n` positions on `M` key blocks of `b` keys each.
 
     One iteration is an R step and an L step:
 
@@ -41,40 +42,28 @@ def monarch_tile(
                  last:    out[l,j] = sum_k L[j,l,k] Y[k,j] ;  lse[l,j] = logsumexp_k F
 
     It starts from `L = I`, which makes the mean query of key block k the query block of the same
-    place in its own tile: `M` is a whole number of tiles of `m` blocks. `queries` and `keys` say
-    which positions are real (`None`: all). A padded query weighs nothing in the means, a masked
-    key draws no attention, and a key block without any key is left out of L.
+    place in its own tile: `M` is a whole number of tiles of `m` blocks. Positions never meet, so
+    several query tiles are simply more positions, `n = tiles * b`, of the same key blocks.
+    `queries` and `keys` say which tokens are real (`None`: all). A padded query weighs nothing in
+    the means, a masked key draws no attention, and a key block without any key is left out of L.
     """
-    tiles = k.shape[0] // q.shape[0]
+    r_step = functools.partial(
+        backend.r_step,
+        scale=scale, keys=keys, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
+    )  # fmt: skip
     key_blocks = None if keys is None else keys.any(-1)
     # A padded or masked query starts nothing either: what it holds must not matter.
     first = q if queries is None else jnp.where(queries[..., None], q, 0)
-    qt = jnp.tile(first, (tiles, 1, 1))
+    tiles = k.shape[1] // q.shape[1]
+    qt = first if tiles == 1 else jnp.tile(first, (1, tiles, 1, 1))
     for _ in range(steps - 1):
-        al, cl, _ = _r_step(qt, k, (), keys, scale, entropy_gradient, backend, block_sizes)
+        r = r_step(qt, k, ())
         qt = backend.l_middle(
-            q, al, cl,
+            q, r.al, r.cl,
             floor=c_r_floor, queries=queries, key_blocks=key_blocks, block_sizes=block_sizes,
         ).astype(k.dtype)  # fmt: skip
-    al, cl, (y,) = _r_step(qt, k, (v,), keys, scale, entropy_gradient, backend, block_sizes)
-    out, lse = backend.l_last(q, al, cl, y, key_blocks=key_blocks, block_sizes=block_sizes)
-    return Part(out.astype(v.dtype), lse)
-
-
-def _r_step(qt, k, values, keys, scale, entropy_gradient, backend, block_sizes):
-    """`aL`, `cL` and the averages Y of `values`: plain attention of `qt[k]` on block k."""
-    gains = (scale, *(1.0 for _ in values))
-    (al, *y), lse = backend.attend(
-        qt, k, (k, *values), scale=scale, mask=keys, gains=gains, block_sizes=block_sizes
+    r = r_step(qt, k, (v,))
+    out, lse = backend.l_last(
+        q, r.al, r.cl, r.ys[0], key_blocks=key_blocks, block_sizes=block_sizes
     )
-    # Rounded to the dtype that the L step multiplies in, and the entropy taken from the rounded
-    # value: then F = lse + (q - qt) . aL stays the tangent plane, exact at q = qt, whatever the
-    # rounding.
-    al = al.astype(k.dtype)
-    # The identity: the logits are linear in K, so sum_i R x = qt . aL needs no pass of its own.
-    cl = jnp.sum(qt.astype(lse.dtype) * al.astype(lse.dtype), axis=-1) - lse
-    if keys is not None:
-        cl = jnp.where(keys.any(-1, keepdims=True), cl, 0)  # lse is -inf there, and unused
-    if not entropy_gradient:
-        cl = jax.lax.stop_gradient(cl)
-    return al, cl, tuple(value.astype(v.dtype) for value, v in zip(y, values, strict=True))
+    return Part(out.astype(v.dtype), lse)

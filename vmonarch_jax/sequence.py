@@ -78,6 +78,7 @@ def monarch_attention(
         "c_r_floor": checks.finite("c_r_floor", c_r_floor, least=0),
         "entropy_gradient": bool(entropy_gradient),
         "scale": checks.scale_of(scale, query.shape[-1]),
+        "block_sizes": block_sizes,
     }
     extra = -seq % size
     before, after = (extra, 0) if pad == "pre" else (0, extra)
@@ -92,18 +93,17 @@ def monarch_attention(
         mask = jnp.ones((batch, seq), bool)
 
     def part(backend: Backend) -> Part:
-        on = {"backend": backend, "block_sizes": block_sizes}
-
-        def heads(q: Any, k: Any, v: Any, mask: Any) -> Part:
+        def heads(backend: Backend, q: Any, k: Any, v: Any, mask: Any) -> Part:
             if mask is not None:
                 mask = blocks(mask[..., None])[..., 0]
             cut = [blocks(x) for x in (q, k, v)]
-            part = monarch_part(cut[0], cut[1], cut[2], mask, mask, **settings, **on)
+            part = monarch_part(backend, cut[0], cut[1], cut[2], mask, mask, **settings)
             out = part.out.reshape(*part.out.shape[:2], -1, part.out.shape[-1])
             lse = part.lse.reshape(out.shape[:-1])
             return Part(out[:, :, before : before + seq], lse[:, :, before : before + seq])
 
         scores = (seq + extra) * size
+        on = {"backend": backend, "block_sizes": block_sizes}
         return by_heads(heads, (query, key, value), mask, scores=scores, **on)
 
     out, lse = dispatch(implementation, part)

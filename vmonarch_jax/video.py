@@ -91,25 +91,26 @@ def vmonarch_attention(
         "c_r_floor": checks.finite("c_r_floor", c_r_floor, least=0),
         "entropy_gradient": bool(entropy_gradient),
         "scale": scale,
+        "block_sizes": block_sizes,
     }
+    exactly = {"scale": scale, "block_sizes": block_sizes}
 
     def part(backend: Backend) -> Part:
-        on = {"backend": backend, "block_sizes": block_sizes}
-
-        def heads(q: Any, k: Any, v: Any, keys: Any) -> Part:
+        def heads(backend: Backend, q: Any, k: Any, v: Any, keys: Any) -> Part:
             if len(exact_frames) == grid.frames:
-                return dense_part(q, k, v, keys, scale=scale, **on)
+                return dense_part(backend, q, k, v, keys, **exactly)
             masks = _masks(tiling, keys, q.shape[0])
             cut = [tiling.split(x) for x in (q, k, v)]
-            part = monarch_part(cut[0], cut[1], cut[2], *masks, **settings, **on)
+            part = monarch_part(backend, cut[0], cut[1], cut[2], *masks, **settings)
             part = Part(tiling.join(part.out), tiling.join(part.lse[..., None])[..., 0])
             if not exact_frames:
                 return part
             rows = _rows(exact_frames, grid)
-            exact = dense_part(q[:, :, rows], k, v, keys, scale=scale, **on)
+            exact = dense_part(backend, q[:, :, rows], k, v, keys, **exactly)
             return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, exact, strict=True)))
 
         scores = tiling.scores + len(exact_frames) * grid.frame_tokens * grid.tokens
+        on = {"backend": backend, "block_sizes": block_sizes}
         return by_heads(heads, (query, key, value), key_mask, scores=scores, **on)
 
     out, lse = dispatch(implementation, part)

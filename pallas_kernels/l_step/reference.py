@@ -10,52 +10,53 @@ from ..numerics import TINY_MASS, accumulator
 def _weights(q, al, cl, key_blocks):
     wide = accumulator(q.dtype)
     f = jnp.einsum(
-        "ljd,kjd->jlk", q.astype(wide), al.astype(wide), precision=jax.lax.Precision.HIGHEST
+        "gljd,gkjd->gjlk", q.astype(wide), al.astype(wide), precision=jax.lax.Precision.HIGHEST
     )
-    f = f - cl.T[:, None, :]
+    f = f - cl.swapaxes(1, 2)[:, :, None, :]
     if key_blocks is None:
         return jax.nn.softmax(f, axis=-1), jax.nn.logsumexp(f, axis=-1)
-    some = key_blocks.any()
-    keep = jnp.where(some, key_blocks, True)
+    some = key_blocks.any(-1)[:, None, None]
+    key_blocks = key_blocks[:, None, None, :]
+    keep = key_blocks | ~some[..., None]
     lse = jnp.where(some, jax.nn.logsumexp(f, axis=-1, where=keep), -jnp.inf)
     return jnp.where(key_blocks, jax.nn.softmax(f, axis=-1, where=keep), 0), lse
 
 
 def middle(
-    q: Float[Array, "m b d"],
-    al: Float[Array, "M b d"],
-    cl: Float[Array, "M b"],
+    q: Float[Array, "g m n d"],
+    al: Float[Array, "g M n d"],
+    cl: Float[Array, "g M n"],
     *,
     floor: float,
-    queries: Bool[Array, "m b"] | None = None,
-    key_blocks: Bool[Array, " M"] | None = None,
+    queries: Bool[Array, "g m n"] | None = None,
+    key_blocks: Bool[Array, "g M"] | None = None,
     block_sizes=None,
-) -> Float[Array, "M b d"]:
+) -> Float[Array, "g M n d"]:
     """The mean queries `qt` of the next iteration, in float32."""
     del block_sizes
     weights, _ = _weights(q, al, cl, key_blocks)
     if queries is not None:
-        weights = jnp.where(queries.T[:, :, None], weights, 0)
-    cr = jnp.einsum("jlk->kj", weights)
+        weights = jnp.where(queries.swapaxes(1, 2)[..., None], weights, 0)
+    cr = jnp.einsum("gjlk->gkj", weights)
     total = jnp.einsum(
-        "jlk,ljd->kjd", weights, q.astype(cl.dtype), precision=jax.lax.Precision.HIGHEST
+        "gjlk,gljd->gkjd", weights, q.astype(cl.dtype), precision=jax.lax.Precision.HIGHEST
     )
     return total / jnp.maximum(cr, max(floor, TINY_MASS))[..., None]
 
 
 def last(
-    q: Float[Array, "m b d"],
-    al: Float[Array, "M b d"],
-    cl: Float[Array, "M b"],
-    y: Float[Array, "M b e"],
+    q: Float[Array, "g m n d"],
+    al: Float[Array, "g M n d"],
+    cl: Float[Array, "g M n"],
+    y: Float[Array, "g M n e"],
     *,
-    key_blocks: Bool[Array, " M"] | None = None,
+    key_blocks: Bool[Array, "g M"] | None = None,
     block_sizes=None,
-) -> tuple[Float[Array, "m b e"], Float[Array, "m b"]]:
+) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
     """`(out, lse)` in float32; without any key block, zeros and -inf."""
     del block_sizes
     weights, lse = _weights(q, al, cl, key_blocks)
     out = jnp.einsum(
-        "jlk,kjd->ljd", weights, y.astype(cl.dtype), precision=jax.lax.Precision.HIGHEST
+        "gjlk,gkjd->gljd", weights, y.astype(cl.dtype), precision=jax.lax.Precision.HIGHEST
     )
-    return out, lse.T
+    return out, lse.swapaxes(1, 2)

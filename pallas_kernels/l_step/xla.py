@@ -1,6 +1,8 @@
 """The L step on any device: a chunk of positions, or of rows, at a time."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,48 @@ from ..numerics import MASKED, TINY_MASS, accumulator, precision
 
 
 def last(
-    q: Float[Array, "m b d"],
-    al: Float[Array, "M b d"],
-    cl: Float[Array, "M b"],
-    y: Float[Array, "M b e"],
+    q: Float[Array, "g m n d"],
+    al: Float[Array, "g M n d"],
+    cl: Float[Array, "g M n"],
+    y: Float[Array, "g M n e"],
     *,
-    key_blocks: Bool[Array, " M"] | None = None,
+    key_blocks: Bool[Array, "g M"] | None = None,
     block_sizes: BlockSizes,
-) -> tuple[Float[Array, "m b e"], Float[Array, "m b"]]:
+) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
     """`(out, lse)`: for each position, attention of the rows `l` on the key blocks `k`."""
+    run = functools.partial(_last, block_sizes=block_sizes)
+    return _over_groups(run, q, al, cl, y, key_blocks)
+
+
+def middle(
+    q: Float[Array, "g m n d"],
+    al: Float[Array, "g M n d"],
+    cl: Float[Array, "g M n"],
+    *,
+    floor: float,
+    queries: Bool[Array, "g m n"] | None = None,
+    key_blocks: Bool[Array, "g M"] | None = None,
+    block_sizes: BlockSizes,
+) -> Float[Array, "g M n d"]:
+    """The mean queries `qt` of the next iteration, in float32.
+
+    While the rows and key blocks of one position fit the budget, chunks of positions are
+    computed in one go. Beyond it the sum over `l` would need every row of L at once, so the
+    rows' log-sum-exp is found first and then chunks of key blocks are summed: twice the dot
+    products, nothing quadratic, no running state.
+    """
+    run = functools.partial(_middle, floor=max(floor, TINY_MASS), block_sizes=block_sizes)
+    return _over_groups(run, q, al, cl, queries, key_blocks)
+
+
+def _over_groups(run: Callable[..., Any], *arrays: Any) -> Any:
+    """`run` for every group; one group alone is not mapped, which keeps its programs simple."""
+    if arrays[0].shape[0] > 1:
+        return jax.vmap(run)(*arrays)
+    return jax.tree.map(lambda x: x[None], run(*jax.tree.map(lambda x: x[0], arrays)))
+
+
+def _last(q, al, cl, y, key_blocks, *, block_sizes):
     budget = block_sizes.scores()
     rows, blocks = q.shape[0], al.shape[0]
 
@@ -36,26 +71,9 @@ def last(
     return out.swapaxes(0, 1), lse.T
 
 
-def middle(
-    q: Float[Array, "m b d"],
-    al: Float[Array, "M b d"],
-    cl: Float[Array, "M b"],
-    *,
-    floor: float,
-    queries: Bool[Array, "m b"] | None = None,
-    key_blocks: Bool[Array, " M"] | None = None,
-    block_sizes: BlockSizes,
-) -> Float[Array, "M b d"]:
-    """The mean queries `qt` of the next iteration, in float32.
-
-    While the rows and key blocks of one position fit the budget, chunks of positions are
-    computed in one go. Beyond it the sum over `l` would need every row of L at once, so the
-    rows' log-sum-exp is found first and then chunks of key blocks are summed: twice the dot
-    products, nothing quadratic, no running state.
-    """
+def _middle(q, al, cl, queries, key_blocks, *, floor, block_sizes):
     budget = block_sizes.scores()
     rows, blocks = q.shape[0], al.shape[0]
-    floor = max(floor, TINY_MASS)
     if rows * blocks <= budget:
         chunk = functools.partial(_middle_chunk, floor=floor)
         most = budget // (rows * blocks)

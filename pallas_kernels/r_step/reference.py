@@ -16,11 +16,10 @@ def r_step(
     scale: float,
     keys: Bool[Array, "g M b"] | None = None,
     entropy_gradient: bool = False,
-    known: RStep | None = None,
     block_sizes=None,
 ) -> RStep:
     """By definition, in float32; `entropy_gradient` says whether `cL` has a gradient."""
-    del block_sizes, known
+    del block_sizes
     wide = accumulator(qt.dtype)
     highest = jax.lax.Precision.HIGHEST
     x = scale * jnp.einsum("gkjd,gkid->gkji", qt.astype(wide), k.astype(wide), precision=highest)

@@ -1,77 +1,32 @@
 """How every TPU kernel is launched: compiled on a TPU, interpreted where a test says so."""
 
-import contextlib
-import contextvars
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import chips
+from .mode import (
+    Launch,
+    available,
+    interpreted,
+    interpreting,
+    launches,
+    recording,
+    slow_path_wanted,
+    without_slow_path,
+)
 
-_interpret: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=False)
-_fast_path_only: contextvars.ContextVar[bool] = contextvars.ContextVar("fast_only", default=False)
-
-_launches: contextvars.ContextVar[Any] = contextvars.ContextVar("launches", default=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One traced kernel: its grid, and what it does over the whole grid."""
-
-    name: str
-    grid: tuple[int, ...]
-    flops: int
-    exps: int
-    moved: int
-    blocks: tuple[tuple[str, int], ...] = ()
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collects every launch that is traced inside."""
-    found: list[Launch] = []
-    token = _launches.set(found)
-    try:
-        yield found
-    finally:
-        _launches.reset(token)
-
-
-def available() -> bool:
-    """Whether a TPU kernel can be traced: on a TPU, for a named chip, or interpreted."""
-    return bool(_interpret.get()) or chips.forced() or jax.default_backend() == "tpu"
-
-
-@contextlib.contextmanager
-def interpreted(how: Any = True) -> Iterator[None]:
-    """Kernels traced inside run on any device: `True`, or `pltpu.InterpretParams` (races, NaN)."""
-    token = _interpret.set(how)
-    try:
-        yield
-    finally:
-        _interpret.reset(token)
-
-
-@contextlib.contextmanager
-def without_slow_path() -> Iterator[None]:
-    """Kernels traced inside leave out the branch for extreme scores, to count cycles only.
-
-    A static schedule lists both sides of a branch; only one of them runs.
-    """
-    token = _fast_path_only.set(True)
-    try:
-        yield
-    finally:
-        _fast_path_only.reset(token)
-
-
-def slow_path_wanted() -> bool:
-    """Whether a kernel must include its branch for extreme scores: always, but for counting."""
-    return not _fast_path_only.get()
+__all__ = [
+    "Launch",
+    "available",
+    "interpreted",
+    "launch",
+    "recording",
+    "slow_path_wanted",
+    "without_slow_path",
+]
 
 
 def launch(
@@ -95,7 +50,7 @@ def launch(
     `flops` (of matmuls), `exps` and `moved` (HBM bytes, each re-read counted) are those of the
     whole grid; they inform XLA and, with `blocks`, the schedule table and `vm.explain`.
     """
-    found = _launches.get()
+    found = launches()
     if found is not None:
         chosen = tuple(sorted((blocks or {}).items()))
         found.append(Launch(name, tuple(grid), flops, exps, moved, chosen))
@@ -111,6 +66,6 @@ def launch(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=tuple(semantics), vmem_limit_bytes=chips.current().vmem
         ),
-        interpret=_interpret.get(),
+        interpret=interpreting(),
         **more,
     )
