@@ -7,11 +7,42 @@ import jax
 import jax.numpy as jnp
 
 from vmonarch_jax.pallas_kernels.numerics import accumulator
+from vmonarch_jax.pallas_kernels.tpu import chips, mode
 
 from . import checks, flops
 from .dispatch import Implementation, attempts, dispatch
 from .grid import VideoGrid, positive_int
 from .methods import Dense, VMonarch
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel of a call, over one head of one batch entry.
+
+    Args:
+        name: under which it is launched.
+        blocks: its block sizes, by name.
+        flops: of its matmuls.
+        bytes: that it moves between HBM and VMEM, re-reads counted.
+        cycles: static cycles recorded for this shape on this chip; `None`: not recorded.
+        vmem: bytes of VMEM recorded; `None`: not recorded.
+    """
+
+    name: str
+    blocks: tuple[tuple[str, int], ...]
+    flops: int
+    bytes: int
+    cycles: int | None
+    vmem: int | None
+
+    def __str__(self) -> str:
+        words = [f"{self.flops:.3g} FLOPs", f"{self.bytes / 2**20:.1f} MiB moved"]
+        if self.cycles is not None:
+            words.append(f"{self.cycles:,} cycles")
+        if self.vmem is not None:
+            words.append(f"{self.vmem / 2**20:.1f} MiB of VMEM")
+        words += [f"{name} {size}" for name, size in self.blocks]
+        return f"{self.name}: " + ", ".join(words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +59,9 @@ class Explanation:
         dense_flops: the same of dense attention.
         qkvo_bytes: bytes of query, key, value and output, each once.
         score_bytes: bytes of the largest chunk of scores held at once; `None` where all of them
-            are.
+            are, or where the kernels keep none of them in memory.
+        chip: the TPU chip that the kernels' blocks are for; `None` without kernels.
+        kernels: the Pallas kernels of the call, in order.
         notes: one line each.
     """
 
@@ -41,6 +74,8 @@ class Explanation:
     dense_flops: int
     qkvo_bytes: int
     score_bytes: int | None
+    chip: str | None
+    kernels: tuple[Kernel, ...]
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -66,6 +101,9 @@ class Explanation:
         ]
         if self.score_bytes is not None:
             lines.append(f"scores at once  {self.score_bytes / 2**20:.1f} MiB at most")
+        if self.kernels:
+            lines.append(f"kernels         for one head, on {self.chip}:")
+            lines += [f"  {kernel}" for kernel in self.kernels]
         lines += [f"note            {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -126,8 +164,11 @@ def explain(
             notes.append(f"exact rows of {len(frames)} frame(s): {share / count:.0%} of the FLOPs")
     if count >= dense and not isinstance(method, Dense):
         notes.append("no fewer FLOPs than dense attention: use vm.Dense() here")
-    score_bytes = None
-    if chosen.loops:
+    score_bytes, chip, kernels = None, None, ()
+    if chosen.keeps:
+        chip = chips.current().name
+        kernels = _kernels(method, grid, head_dim, dtype, chosen.name, block_sizes)
+    elif chosen.loops:
         score_bytes = block_sizes.scores() * accumulator(dtype).itemsize
     else:
         notes.append("holds all scores at once: for small sizes and for checking")
@@ -141,5 +182,29 @@ def explain(
         dense_flops=dense,
         qkvo_bytes=4 * batch * grid.tokens * heads * head_dim * size,
         score_bytes=score_bytes,
+        chip=chip,
+        kernels=kernels,
         notes=tuple(notes),
+    )
+
+
+def _kernels(method, grid, head_dim, dtype, implementation, block_sizes) -> tuple[Kernel, ...]:
+    """The kernels that a call traces for one head; they are launched for all heads at once."""
+    x = jax.ShapeDtypeStruct((1, grid.tokens, 1, head_dim), dtype)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return method(q, k, v, grid=grid, implementation=implementation, block_sizes=block_sizes)
+
+    with mode.recording() as launches:
+        jax.eval_shape(call, x, x, x)
+    return tuple(
+        Kernel(
+            name=launch.name,
+            blocks=launch.blocks,
+            flops=launch.flops,
+            bytes=launch.moved,
+            cycles=launch.entry["cycles"] if launch.entry else None,
+            vmem=launch.entry["vmem"] if launch.entry else None,
+        )
+        for launch in launches
     )

@@ -13,6 +13,7 @@ from .mode import (
     interpreted,
     interpreting,
     launches,
+    noted_choice,
     recording,
     slow_path_wanted,
     without_slow_path,
@@ -53,7 +54,7 @@ def launch(
     found = launches()
     if found is not None:
         chosen = tuple(sorted((blocks or {}).items()))
-        found.append(Launch(name, tuple(grid), flops, exps, moved, chosen))
+        found.append(Launch(name, tuple(grid), flops, exps, moved, chosen, noted_choice(name)))
     return pl.pallas_call(
         body,
         name=name,

@@ -14,6 +14,7 @@ _interpret: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", de
 _fast_path_only: contextvars.ContextVar[bool] = contextvars.ContextVar("fast_only", default=False)
 
 _launches: contextvars.ContextVar[Any] = contextvars.ContextVar("launches", default=None)
+_choices: contextvars.ContextVar[Any] = contextvars.ContextVar("choices", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +27,20 @@ class Launch:
     exps: int
     moved: int
     blocks: tuple[tuple[str, int], ...] = ()
+    # Of the last choice of block sizes for a kernel of this name; `None`: there was none.
+    entry: Any = dataclasses.field(default=None, compare=False)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Collects every launch that is traced inside."""
     found: list[Launch] = []
-    token = _launches.set(found)
+    token, choices = _launches.set(found), _choices.set({})
     try:
         yield found
     finally:
         _launches.reset(token)
+        _choices.reset(choices)
 
 
 def available() -> bool:
@@ -80,3 +84,15 @@ def interpreting() -> Any:
 def launches() -> list[Launch] | None:
     """The list that launches are recorded in now, if any."""
     return _launches.get()
+
+
+def note_choice(kernel: str, entry: Any) -> None:
+    """Remembers, while launches are recorded, which entry of the table a kernel went by."""
+    choices = _choices.get()
+    if choices is not None:
+        choices[kernel] = entry
+
+
+def noted_choice(kernel: str) -> Any:
+    """What `note_choice` remembers for a kernel."""
+    return (_choices.get() or {}).get(kernel)

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from ..block_sizes import BlockSizes
-from . import chips
+from . import chips, mode
 
 
 @functools.cache
@@ -44,6 +44,8 @@ def choose(
     people.
     """
     entry = nearest(kernel, shape, dtype)
+    exact = entry is not None and entry["shape"] == shape and entry["dtype"] == str(dtype)
+    mode.note_choice(kernel, entry if exact else None)
     blocks = defaults | (entry["blocks"] if entry else {})
     for name in blocks:
         asked = getattr(block_sizes, f"tpu_{name}", None)
