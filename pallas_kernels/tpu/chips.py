@@ -42,7 +42,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", ("tpu v5 lite", "tpu v5e"), "v5e:2x2", 1.5e9, 819e9, 100 * MIB),
-        Chip("v5p", ("tpu v5p", "tpu v5"), "v5p:2x2x1", 1.75e9, 2765e9, 100 * MIB, cores=2),
+        Chip("v5p", ("tpu v5p", "tpu v5"), "v5p:2x2x1", 1.75e9, 2765e9, 56 * MIB, cores=2),
         Chip("v6e", ("tpu v6 lite", "tpu v6e"), "v6e:2x2", 1.75e9, 1640e9, 100 * MIB),
         Chip("7x", ("tpu7x", "tpu v7", "tpu 7"), "tpu7x:2x2x1", 2.2e9, 7370e9, 56 * MIB, cores=2),
     )
