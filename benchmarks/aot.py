@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import tempfile
+from pathlib import Path
 from typing import Any
 
 UNITS = (
@@ -27,6 +28,10 @@ class Schedule:
         used: slots used, by unit.
         slots: slots a cycle, by unit.
         vmem: bytes of VMEM allocated.
+        branches: cycles of each part that only some grid steps run (`pl.when`), in order; they
+            are in `cycles`, so a kernel that has any is counted once too often. The part that
+            holds the whole step is not among them.
+        loops: cycles of each loop's body inside the step; they are in `cycles` once.
     """
 
     name: str
@@ -34,6 +39,8 @@ class Schedule:
     used: dict[str, int]
     slots: dict[str, int]
     vmem: int
+    branches: tuple[int, ...] = ()
+    loops: tuple[int, ...] = ()
 
     def busy(self, unit: str) -> float:
         """Share of a unit's slots that are used."""
@@ -79,7 +86,6 @@ class Compiler:
     def __call__(self, function: Any, *arguments: Any) -> Compiled:
         """Compile `function` for arguments given as `ShapeDtypeStruct`s (or arrays, or trees)."""
         import jax
-
         from vmonarch_jax.pallas_kernels.tpu.call import recording
         from vmonarch_jax.pallas_kernels.tpu.chips import tracing_for
 
@@ -110,12 +116,49 @@ class Compiler:
             match = re.fullmatch(r"\d+-(.+)-\d+-pre-delay_hlo-static.*", os.path.basename(path))
             if not match or match[1].startswith("<") or match[1] == "TLP":
                 continue
-            lines = open(path).read().splitlines()
+            lines = Path(path).read_text().splitlines()
             slots = dict(zip(UNITS, map(int, lines[2].split()), strict=True))
             rows = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
             used = dict(zip(UNITS, map(sum, zip(*rows, strict=True)), strict=True))
             originals = glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-02-original.txt")
-            text = open(originals[0]).read() if originals else ""
-            sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text)
-            found.append(Schedule(match[1], len(rows), used, slots, sum(int(s, 16) for s in sizes)))
+            text = Path(originals[0]).read_text() if originals else ""
+            vmem = sum(int(s, 16) for s in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text))
+            jumps = _jumps(glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-*-post-ra.txt"))
+            found.append(Schedule(match[1], len(rows), used, slots, vmem, *jumps))
         return found
+
+
+# A jump takes effect four bundles after it stands in the text.
+_DELAY = 5
+
+
+def _jumps(paths: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cycles of the parts that a jump may leave out, and of the loops, by the jumps of a kernel.
+
+    The part inside the grid's own loop that is left out only before its first and after its last
+    step is the step itself, and the loop around all others the grid.
+    """
+    parts, loops = [], []
+    for path in paths:
+        if not path.endswith("-packed-bundles-post-ra.txt") or "schedule-analysis" in path:
+            continue
+        for line in Path(path).read_text().splitlines():
+            match = re.match(
+                r"\s*(?:0x)?([0-9a-f]+)\s*\S*\s*: .*sbr\.rel .*target bundleno = (\d+)", line
+            )
+            if match:
+                here, there = int(match[1], 16), int(match[2])
+                if there > here:
+                    parts.append((here + _DELAY, there))
+                else:
+                    loops.append((there, here + _DELAY))
+    step = max(parts, key=lambda part: part[1] - part[0], default=None)
+    grid = max(loops, key=lambda loop: loop[1] - loop[0], default=None)
+    inner = [p for p in parts if step and step[0] <= p[0] and p[1] <= step[1] and p != step]
+    outermost = [
+        p for p in inner if not any(q[0] <= p[0] and p[1] <= q[1] and p != q for q in inner)
+    ]
+    return (
+        tuple(stop - start for start, stop in outermost),
+        tuple(stop - start for start, stop in loops if (start, stop) != grid),
+    )
