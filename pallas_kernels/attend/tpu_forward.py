@@ -1,8 +1,8 @@
 """`attend` on a TPU: rows of queries against keys that lie in VMEM whole, or pass through it.
 
     x[n,s] = scale * q[n] . k[s] + bias[s]
-    l[n]   = sum_s 2^(x log2 e - m) ;  lse[n] = (m + log2 l) ln 2
-    out[n] = gain * (sum_s 2^(x log2 e - m) values[s]) / l
+    p[n,s] = 2^(x log2 e - m)                (rounded to the dtype of the values)
+    l[n]   = sum_s p ;  lse[n] = m ln 2 + log l ;  out[n] = gain * (sum_s p values[s]) / l
 
 **Optimistic softmax.** A row maximum would have to be known before the first weight: all scores
 of a row would be written to VMEM and read back. With a shift `m = 0` they flow from the first
@@ -44,6 +44,9 @@ CAREFUL_ROWS = 128
 
 # Scores of one grid step: more make a body too long for the instruction memory.
 STEP_SCORES = 2_700_000
+
+# Keys of a block that lie in VMEM all at once.
+WHOLE_KEYS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +176,9 @@ def _check(q: Array, k: Array, values: Sequence[Array]) -> None:
 def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int, int]:
     """Groups, rows and keys of a grid step: wishes made to fit the shape and the VMEM."""
     shape = {"groups": groups, "rows": n, "keys": s, "dim": d, "width": sum(widths)}
-    # A few rows cost as much as many where every key has to be pushed for them.
-    wish_keys = s if s * min(n, 256) <= STEP_SCORES else 2048
-    wish_rows = max(128, STEP_SCORES // min(s, wish_keys))
+    # Rows of a block that streams past are few, its keys many: running sums are touched less.
+    wish_keys = s if s <= WHOLE_KEYS else 4096
+    wish_rows = max(128, STEP_SCORES // _fit(s, wish_keys, 128))
     wishes = choose(
         name, shape, jnp.dtype(dtype).name, {"rows": wish_rows, "keys": wish_keys}, block_sizes
     )
@@ -209,10 +212,11 @@ def _fit(length: int, wish: int, step: int) -> int:
     """A block of about `wish`: the whole length, a divisor of it, or a multiple of `step`."""
     if wish >= length:
         return length
-    for size in range(wish - wish % 16, wish // 2, -8):
-        if size and length % size == 0:
+    for size in range(wish * 5 // 4 // 8 * 8, wish // 2, -8):
+        if length % size == 0:
             return size
-    return max(step, wish - wish % step)
+    # Even shares, so that the last block is not mostly padding.
+    return pl.cdiv(pl.cdiv(length, pl.cdiv(length, wish)), step) * step
 
 
 def _kernel(plan: _Plan, *refs: Any) -> None:
@@ -239,10 +243,9 @@ def _whole(plan, real, q, k, v, bias, outs, lines) -> None:
     good = jnp.bool_(True)
     for g in range(plan.group_block):
         x = _scores(plan, q[g], k[g], None if bias is None else bias[g, 0])  # [rows, keys]
-        p = jnp.exp2(x)
-        total = jnp.sum(p, axis=-1, keepdims=True)  # [rows, 1]
+        p, total = _weights(x, plan.dtype)
         sums = _averages(plan, p, k[g], [ref[g] for ref in v])
-        _finish(plan, q[g], sums, total, jnp.log2(total), outs, lines, g, 0, plan.rows)
+        _finish(plan, q[g], sums, total, jnp.log(total), outs, lines, g, 0, plan.rows)
         good &= _sound(real, total, total)
     if not slow_path_wanted():
         return
@@ -253,11 +256,12 @@ def _whole(plan, real, q, k, v, bias, outs, lines) -> None:
             here = q[g, pl.ds(start, size)]
             x = _scores(plan, here, k[g], None if bias is None else bias[g, 0])
             top = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), MASKED)
-            p = jnp.exp2(x - top)
-            total = jnp.sum(p, axis=-1, keepdims=True)
+            p, total = _weights(x - top, plan.dtype)
             sums = _averages(plan, p, k[g], [ref[g] for ref in v])
             sums, total, top = _emptied(sums, total, top)
-            _finish(plan, here, sums, total, top + jnp.log2(total), outs, lines, g, start, size)
+            _finish(
+                plan, here, sums, total, top * LN2 + jnp.log(total), outs, lines, g, start, size
+            )
 
         def group(g: Any) -> None:
             _chunks(plan.rows, functools.partial(chunk, g))
@@ -284,8 +288,7 @@ def _streamed(
 
     @pl.when(careful[0] == 0)
     def _():
-        p = jnp.exp2(_scores(plan, q[0], k[0], here_bias))  # [rows, keys]
-        here = jnp.sum(p, axis=-1, keepdims=True)
+        p, here = _weights(_scores(plan, q[0], k[0], here_bias), plan.dtype)
         total = here + jnp.where(first, 0.0, total_ref[before])
         sums = _averages(plan, p, k[0], [ref[0] for ref in v])
         sums_ref[now] = sums + jnp.where(first, 0.0, sums_ref[before])
@@ -308,11 +311,11 @@ def _streamed(
                 top_before = top_ref[part]
                 top = jnp.maximum(top_before, jnp.max(x, axis=-1, keepdims=True))
                 fade = jnp.exp2(top_before - top)
-                p = jnp.exp2(x - top)
+                p, here = _weights(x - top, plan.dtype)
                 sums = _averages(plan, p, k[0], [ref[0] for ref in v])
                 old_total = jnp.where(first, 0.0, total_ref[before, part])
                 old_sums = jnp.where(first, 0.0, sums_ref[before, part])
-                total_ref[now, part] = old_total * fade + jnp.sum(p, axis=-1, keepdims=True)
+                total_ref[now, part] = old_total * fade + here
                 sums_ref[now, part] = old_sums * fade + sums
                 top_ref[part] = top
 
@@ -321,8 +324,8 @@ def _streamed(
     @pl.when(j == plan.key_blocks - 1)
     def _():
         def write(total: Any, sums: Any, top: Any) -> None:
-            log = jnp.log2(total) if top is None else top + jnp.log2(total)
-            _finish(plan, q[0], sums, total, log, outs, lines, 0, 0, plan.rows)
+            lse = jnp.log(total) if top is None else top * LN2 + jnp.log(total)
+            _finish(plan, q[0], sums, total, lse, outs, lines, 0, 0, plan.rows)
 
         if not slow_path_wanted():
             write(total_ref[now], sums_ref[now], None)
@@ -343,12 +346,22 @@ def _scores(plan, q, k, bias):
     return x if bias is None else x + bias  # [rows, keys]
 
 
+def _weights(x, dtype):
+    """`2^x` in the dtype of the product to come, and its sums `[rows, 1]`.
+
+    The sums are of the rounded weights: the outputs are then true averages, and the unrounded
+    weights need not be kept.
+    """
+    p = jnp.exp2(x).astype(dtype)  # [rows, keys]
+    return p, jnp.sum(p.astype(jnp.float32), axis=-1, keepdims=True)
+
+
 def _averages(plan, p, k, v):
     """`p @ [K | V]`: one wide product keeps a wide matmul unit full."""
     joined = [k, *v] if plan.shared else list(v)
     right = joined[0] if len(joined) == 1 else jnp.concatenate(joined, axis=-1)
     return jnp.dot(
-        p.astype(right.dtype), right,
+        p, right,
         precision=precision(right.dtype), preferred_element_type=jnp.float32,
     )  # fmt: skip
 
@@ -370,7 +383,7 @@ def _emptied(sums, total, top):
     )
 
 
-def _finish(plan, q, sums, total, log, outs, lines, g, start, size) -> None:
+def _finish(plan, q, sums, total, lse, outs, lines, g, start, size) -> None:
     """Writes the outputs, the log-sum-exp and cL of the rows from `start`."""
     rows = pl.ds(start, size)
     over = 1 / total
@@ -382,9 +395,10 @@ def _finish(plan, q, sums, total, log, outs, lines, g, start, size) -> None:
         at += width
         if plan.entropy and i == 0:
             product = q.astype(jnp.float32) * out.astype(jnp.float32)
-            entropy = jnp.sum(product, axis=-1, keepdims=True) - log * LN2
-            entropy = jnp.where(log == -jnp.inf, 0.0, entropy)
-    lines[0][g, 0, 0, rows] = (log * LN2)[:, 0]
+            entropy = jnp.sum(product, axis=-1, keepdims=True) - lse
+            if plan.biased:  # there may be no key at all
+                entropy = jnp.where(lse == -jnp.inf, 0.0, entropy)
+    lines[0][g, 0, 0, rows] = lse[:, 0]
     if plan.entropy:
         lines[1][g, 0, 0, rows] = entropy[:, 0]
 

@@ -7,7 +7,6 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from pallas.attention_inputs import arrays, attention
 from tolerances import assert_close
-
 from vmonarch_jax.pallas_kernels.attend.tpu import attend
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.tpu.call import interpreted
