@@ -28,8 +28,7 @@ class Backend:
         r_step: attention of the mean queries on their own key block.
         l_middle: the L step that returns mean queries.
         l_last: the L step that returns the output.
-        tiled: one iteration for every pair of tiles in one kernel; returns `None` for a call
-            that it does not serve. `None`: there is none.
+        tiled: one iteration for every pair of tiles in one kernel; `None`: there is none.
         loops: whether heads and tiles are looped over so that few scores are alive at once.
         keeps: whether the attention kernels hold no scores in memory, and take `known` results.
     """

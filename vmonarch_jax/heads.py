@@ -1,5 +1,6 @@
 """Running a method over the heads (and query tiles) of a batch, some at a time."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -210,7 +211,6 @@ def monarch_part(
     Every tile sees all key tiles in one softmax. `settings` are those of `monarch_tiles`.
     """
     batch, heads, tiles, m, b, _ = q.shape
-    settings |= {"backend": backend, "block_sizes": block_sizes}
 
     def by_head(mask):
         if mask is None:
@@ -220,9 +220,14 @@ def monarch_part(
 
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     queries, keys = by_head(queries), by_head(keys)
-    fused = backend.tiled and backend.tiled(q, k, v, queries, keys, **settings)
-    if fused:
-        return Part(*(x.reshape(batch, heads, *x.shape[1:]) for x in fused))
+    if backend.tiled is not None and settings["steps"] == 1 and tiles > 1:
+        # A padded query starts nothing: what it holds must not matter.
+        first = q if queries is None else jnp.where(queries[..., None], q, 0)
+        kept = {name: settings[name] for name in ("scale", "entropy_gradient")}
+        with contextlib.suppress(NotImplementedError):  # then the general way serves
+            part = backend.tiled(first, k, v, keys=keys, block_sizes=block_sizes, **kept)
+            return Part(*(x.reshape(batch, heads, *x.shape[1:]) for x in part))
+    settings |= {"backend": backend, "block_sizes": block_sizes}
     k, v = (x.reshape(-1, tiles * m, b, x.shape[-1]) for x in (k, v))
     keys = None if keys is None else keys.reshape(-1, tiles * m, b)
 

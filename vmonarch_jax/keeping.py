@@ -7,11 +7,12 @@ the kernels' `known` argument stands in for the run, and the gradient is that of
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from .dispatch import Backend
 
-KERNELS = ("attend", "r_step")
+KERNELS = ("attend", "r_step", "tiled")
 
 
 def record(backend: Backend) -> tuple[Backend, list[Any]]:
@@ -25,19 +26,26 @@ def record(backend: Backend) -> tuple[Backend, list[Any]]:
 
         return run
 
-    kernels = {name: recorded(getattr(backend, name)) for name in KERNELS}
-    return dataclasses.replace(backend, **kernels), kept
+    return _with_kernels(backend, recorded), kept
 
 
 def replay(backend: Backend, kept: Any) -> Backend:
     """The backend with kernels that take their results from `kept`, in the recorded order."""
-    results = iter(kept)
+    left = list(kept)
 
     def replayed(kernel: Any) -> Any:
         def run(*arrays: Any, **settings: Any) -> Any:
-            return kernel(*arrays, known=next(results), **settings)
+            # One that declines the call took nothing on the way forward either.
+            result = kernel(*arrays, known=left[0] if left else None, **settings)
+            left.pop(0)
+            return result
 
         return run
 
-    kernels = {name: replayed(getattr(backend, name)) for name in KERNELS}
-    return dataclasses.replace(backend, **kernels)
+    return _with_kernels(backend, replayed)
+
+
+def _with_kernels(backend: Backend, wrap: Callable[[Any], Any]) -> Backend:
+    kernels = {name: getattr(backend, name) for name in KERNELS}
+    wrapped = {name: wrap(kernel) for name, kernel in kernels.items() if kernel is not None}
+    return dataclasses.replace(backend, **wrapped)
