@@ -175,7 +175,7 @@ def _check(q: Array, k: Array, values: Sequence[Array]) -> None:
 
 def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int, int]:
     """Groups, rows and keys of a grid step: wishes made to fit the shape and the VMEM."""
-    shape = {"groups": groups, "rows": n, "keys": s, "dim": d, "width": sum(widths)}
+    shape = {"rows": n, "keys": s, "dim": d, "width": sum(widths)}
     # Rows of a block that streams past are few, its keys many: running sums are touched less.
     wish_keys = s if s <= WHOLE_KEYS else 4096
     wish_rows = max(128, STEP_SCORES // _fit(s, wish_keys, 128))
@@ -286,8 +286,7 @@ def _streamed(
     def _():
         careful[0] = 0
 
-    @pl.when(careful[0] == 0)
-    def _():
+    def hopeful() -> None:
         p, here = _weights(_scores(plan, q[0], k[0], here_bias), plan.dtype)
         total = here + jnp.where(first, 0.0, total_ref[before])
         sums = _averages(plan, p, k[0], [ref[0] for ref in v])
@@ -300,6 +299,11 @@ def _streamed(
                 careful[0] = 1
                 # What was added up so far had no shift; nothing at all had the lowest one.
                 top_ref[...] = jnp.full(top_ref.shape, jnp.where(first, LOWEST, 0.0))
+
+    if slow_path_wanted():
+        pl.when(careful[0] == 0)(hopeful)
+    else:
+        hopeful()
 
     if slow_path_wanted():
 

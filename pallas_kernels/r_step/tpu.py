@@ -10,7 +10,11 @@ from jaxtyping import Array, Bool, Float
 from ..attend.tpu import finite, masked_bias
 from ..attend.tpu_forward import softmax_rows
 from ..block_sizes import BlockSizes
+from ..l_step.tpu import position_attention
 from .step import RStep
+
+# Blocks up to this length (tubes through time) are better taken position by position.
+SHORT = 48
 
 
 def r_step(
@@ -29,15 +33,41 @@ def r_step(
         lse = logsumexp_i (scale qt . K) ;  aL = scale R K ;  Y = R V ;  cL = qt . aL - lse
 
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
-    then, but the gradient is still that of the R step.
+    then, but the gradient is still that of the R step. (Very short blocks are computed anew.)
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve.
     """
+    if max(qt.shape[2], k.shape[2]) <= SHORT:
+        return _short(qt, k, values, scale, keys, entropy_gradient, block_sizes)
     known = jax.lax.stop_gradient(known)
     statics = (float(scale), entropy_gradient, block_sizes)
     step = _r_step(*statics, qt, k, tuple(values), masked_bias(None, keys), known)
     return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
+
+
+def _short(qt, k, values, scale, keys, entropy_gradient, block_sizes) -> RStep:
+    """Key blocks are the positions of an attention over a short axis, many in one product.
+
+    Such blocks run through time or height in memory: the axes were swapped to get here, and
+    swapping them back costs nothing. A result that was kept would save a cheap kernel.
+    """
+
+    def swap(x: Array) -> Array:
+        return jnp.swapaxes(x, 1, 2)
+
+    turned = swap(k)
+    (al, *ys), lse = position_attention(
+        swap(qt), turned, (turned, *map(swap, values)),
+        scale=scale, gains=(scale, *(1.0 for _ in values)),
+        key_blocks=None if keys is None else swap(keys), block_sizes=block_sizes,
+    )  # fmt: skip
+    al, lse = swap(al), swap(lse)
+    cl = jnp.sum(qt.astype(jnp.float32) * al.astype(jnp.float32), axis=-1) - lse
+    if keys is not None:
+        cl = jnp.where(keys.any(-1, keepdims=True), cl, 0)
+    cl = cl if entropy_gradient else jax.lax.stop_gradient(cl)
+    return RStep(al, tuple(map(swap, ys)), cl, lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

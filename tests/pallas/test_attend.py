@@ -1,12 +1,15 @@
 """The TPU kernel of `attend`, interpreted, against float64 NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from pallas.attention_inputs import arrays, attention
+from pallas.attention_inputs import arrays, attention, oracle_gradient
 from tolerances import assert_close
+from vmonarch_jax.pallas_kernels.attend import reference
 from vmonarch_jax.pallas_kernels.attend.tpu import attend
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.tpu.call import interpreted
@@ -138,3 +141,35 @@ def test_jit_and_vmap():
     for i in range(3):
         (want,), _ = attention(q[i], k[i], (v[i],), scale=0.1)
         assert_close(out[i], want, "float32", "forward")
+
+
+GRADIENTS = [
+    ("float32", {}, None),
+    ("bfloat16", {}, None),
+    ("float32", {"tpu_rows": 128, "tpu_keys": 128}, None),
+    ("float32", {}, "bias"),
+    ("float32", {}, "mask"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "sizes", "extra"), GRADIENTS, ids=str)
+def test_gradient(dtype, sizes, extra):
+    n, s = (150, 260) if sizes else (24, 37)
+    q, k, v, dout = arrays([(2, n, 64), (2, s, 64), (2, s, 64), (2, n, 64)], dtype)
+    bias, dlse = arrays([(2, s), (2, n)], "float32", seed=1)
+    mask = jnp.asarray(np.random.default_rng(1).random((2, s)) < 0.5) if extra == "mask" else None
+    arguments = (q, k, v) if extra != "bias" else (q, k, v, bias)
+
+    def of(attend, q, k, v, bias=None):
+        (out,), lse = attend(
+            q, k, (v,), scale=0.1, bias=bias, mask=mask, block_sizes=BlockSizes(**sizes)
+        )
+        return out, lse
+
+    with interpreted():
+        _, pullback = jax.vjp(functools.partial(of, attend), *arguments)
+        gradients = pullback((dout, dlse))
+    want = oracle_gradient(functools.partial(of, reference.attend), arguments, (dout, dlse))
+    for got, wanted, x in zip(gradients, want, arguments, strict=True):
+        assert got.dtype == x.dtype
+        assert_close(got, wanted, dtype, "gradient")

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from pallas.attention_inputs import arrays, attention
+from pallas.attention_inputs import arrays, attention, oracle_gradient
 from tolerances import assert_close
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
-from vmonarch_jax.pallas_kernels.r_step import RStep
+from vmonarch_jax.pallas_kernels.r_step import RStep, reference
 from vmonarch_jax.pallas_kernels.r_step.tpu import r_step
 from vmonarch_jax.pallas_kernels.tpu.call import interpreted
 
@@ -111,3 +111,57 @@ def test_known_is_handed_back():
     with interpreted():
         step = r_step(qt, k, (), scale=SCALE, known=known, block_sizes=BlockSizes())
     jax.tree.map(np.testing.assert_array_equal, step, known)
+
+
+GRADIENTS = [
+    # dtype, positions, keys, with values, with the gradient of cL, masked, known
+    ("float32", 60, 60, True, False, False, False),
+    ("bfloat16", 60, 52, True, True, False, False),
+    ("float32", 60, 52, False, True, True, False),
+    ("float32", 60, 52, True, True, False, True),
+    ("float32", 9, 11, True, True, True, False),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_gradient(case):
+    dtype, n, b, with_values, entropy, masked, is_known = case
+    shapes = [(1, 3, n, 64), (1, 3, b, 64)] + [(1, 3, b, 64)] * with_values
+    inputs = tuple(arrays(shapes, dtype))
+    keys = None
+    if masked:
+        keys = np.random.default_rng(1).random((1, 3, b)) < 0.5
+        keys[0, 1] = False
+        keys = jnp.asarray(keys)
+
+    def of(r_step, qt, k, *values, **more):
+        step = r_step(
+            qt, k, values, scale=SCALE, keys=keys, entropy_gradient=entropy,
+            block_sizes=BlockSizes(), **more,
+        )  # fmt: skip
+        # A key block without keys is left out of everything: its -inf draws no gradient.
+        return step._replace(lse=jnp.where(jnp.isneginf(step.lse), 0, step.lse))
+
+    with interpreted():
+        known = {"known": r_step(*inputs[:2], inputs[2:], scale=SCALE, keys=keys,
+                                 block_sizes=BlockSizes())} if is_known else {}  # fmt: skip
+        step, pullback = jax.vjp(lambda *x: of(r_step, *x, **known), *inputs)
+        leaves, tree = jax.tree.flatten(step)
+        cotangents = tree.unflatten(
+            [arrays([x.shape], x.dtype, seed=i)[0] for i, x in enumerate(leaves)]
+        )
+        gradients = pullback(cotangents)
+    want = oracle_gradient(lambda *x: of(reference.r_step, *x), inputs, cotangents)
+    for got, wanted_one, x in zip(gradients, want, inputs, strict=True):
+        assert got.dtype == x.dtype
+        assert_close(got, wanted_one, dtype, "gradient")
+
+
+def test_jit_and_vmap():
+    qt, k = arrays([(2, 1, 3, 56, 64), (2, 1, 3, 56, 64)], "float32")
+    with interpreted():
+        steps = jax.jit(jax.vmap(
+            lambda qt, k: r_step(qt, k, (), scale=SCALE, block_sizes=BlockSizes())
+        ))(qt, k)  # fmt: skip
+    for i in range(2):
+        compare(jax.tree.map(lambda x, i=i: x[i], steps), wanted(qt[i], k[i], ()), "float32")
