@@ -8,6 +8,7 @@ multiplies with aL. Both are made outside the kernels, where a transposition cos
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -113,10 +114,12 @@ class Plan:
 
     @property
     def query_steps(self) -> int:
+        """Grid steps over query tiles."""
         return -(-self.a // self.queries)
 
     @property
     def key_steps(self) -> int:
+        """Grid steps over key tiles."""
         return -(-self.f // self.keys)
 
     def vmem(self) -> int:
@@ -132,8 +135,21 @@ class Plan:
         return 2 * (q_rows + q_positions + kv + out) + scratch + sums + 2**21
 
 
-def fit(q: Any, k: Any, v: Any, block_sizes: BlockSizes, *, kernel: str, keys: int = 0) -> Plan:
-    """The plan for these arrays; `keys` forces the key tiles a grid step.
+def fit(
+    q: Any,
+    k: Any,
+    v: Any,
+    block_sizes: BlockSizes,
+    *,
+    kernel: str,
+    lanes: int = 256,
+    keys: int = 0,
+    vmem: Callable[[Plan], int] = Plan.vmem,
+) -> Plan:
+    """The plan for these arrays.
+
+    `lanes` is how wide F should be where nothing else is known; `keys` forces the key tiles a grid
+    step; `vmem` says what a plan needs.
 
     Raises:
         NotImplementedError: for a dtype or a shape that the kernels cannot serve.
@@ -145,11 +161,12 @@ def fit(q: Any, k: Any, v: Any, block_sizes: BlockSizes, *, kernel: str, keys: i
         )
     _, a, m, b, d = q.shape
     f, e = k.shape[1], v.shape[-1]
-    shape = dict(a=a, f=f, m=m, b=b, d=d, e=e)
+    shape = {"a": a, "f": f, "m": m, "b": b, "d": d, "e": e}
     if keys:
-        asked = dict(keys=keys, tiles=1)
+        asked = {"keys": keys, "tiles": 1}
     else:
-        defaults = dict(keys=default_keys(f, m, b) * m * b, tiles=1)
+        tokens = m * b * default_keys(f, m, b, lanes)
+        defaults = {"keys": tokens, "tiles": 1}
         asked = table.choose(kernel, shape, q.dtype, defaults, block_sizes)
         asked["keys"] = max(1, asked["keys"] // (m * b))
     words = 4 // q.dtype.itemsize
@@ -160,7 +177,7 @@ def fit(q: Any, k: Any, v: Any, block_sizes: BlockSizes, *, kernel: str, keys: i
     while True:
         plan = Plan(a, f, m, b, d, e, q.dtype, queries, keys, pack)
         stages = plan.keys * plan.packs + plan.rows
-        if stages <= MOST_STAGES and plan.vmem() <= limit:
+        if stages <= MOST_STAGES and vmem(plan) <= limit:
             return plan
         if queries > 1:
             queries -= 1
@@ -169,19 +186,19 @@ def fit(q: Any, k: Any, v: Any, block_sizes: BlockSizes, *, kernel: str, keys: i
         else:
             raise NotImplementedError(
                 f"fused tiled kernels unroll {stages} products (at most {MOST_STAGES}) and need "
-                f"{plan.vmem() / 2**20:.0f} MiB of VMEM (at most {limit / 2**20:.0f}) for tiles "
+                f"{vmem(plan) / 2**20:.0f} MiB of VMEM (at most {limit / 2**20:.0f}) for tiles "
                 f"of {m} blocks of {b} tokens"
             )
 
 
-def default_keys(f: int, m: int, b: int) -> int:
-    """Key tiles a grid step: F as wide as two products' lanes, few tiles of padding."""
+def default_keys(f: int, m: int, b: int, most: int) -> int:
+    """Key tiles a grid step: F about `most` lanes wide, few tiles of padding."""
 
     def cost(keys: int) -> float:
         lanes = up(keys * m, LANES)
         return -(-f // keys) * (keys * m * b + b * lanes / 4)
 
-    return min(range(1, min(f, max(1, 256 // m)) + 1), key=lambda keys: (cost(keys), keys))
+    return min(range(1, min(f, max(1, most // m)) + 1), key=lambda keys: (cost(keys), keys))
 
 
 def pad(x: Array, sizes: dict[int, int]) -> Array:

@@ -4,10 +4,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..block_sizes import BlockSizes
+from .tpu_backward import backward
 from .tpu_forward import forward
 
 
@@ -41,7 +41,12 @@ def _forward(scale, entropy_gradient, block_sizes, q, k, v, keys):
 
 
 def _backward(scale, entropy_gradient, block_sizes, saved: Any, gradient: Any):
-    raise NotImplementedError
+    q, k, v, keys, out, lse = saved
+    dq, dk, dv = backward(
+        q, k, v, keys, out, lse, *gradient,
+        scale=scale, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
+    )  # fmt: skip
+    return dq, dk, dv, None
 
 
 _tiled.defvjp(_forward, _backward)

@@ -125,7 +125,7 @@ def _run(plan: Plan, q: Any, k: Any, v: Any, keys: Any, *, scale: float, safe: b
         flops=2 * pairs * (per_pair[0] * (2 * d + e) + per_pair[1] * (d + e)),
         exps=pairs * sum(per_pair),
         moved=moved,
-        blocks=dict(tiles=plan.queries, keys=plan.keys * plan.m * plan.b),
+        blocks={"tiles": plan.queries, "keys": plan.keys * plan.m * plan.b},
     )(*arrays)
     at = plan.d if plan.joint else 0
     out = planning.from_positions(plan, out)[..., at : at + plan.e]
@@ -177,8 +177,8 @@ def rows_of(tile: Any, plan: Plan) -> Any:
     return pltpu.bitcast(tile, plan.dtype) if plan.narrow else tile
 
 
-def packed_keys(kv: Any, pack: int, depth: int) -> Any:
-    """K of the blocks of a pack on the diagonal of a `[pack*columns, pack*depth]` matrix."""
+def diagonal(kv: Any, pack: int, depth: int) -> Any:
+    """`depth` lanes of a pack's blocks on the diagonal of a `[pack*columns, pack*depth]` matrix."""
     if pack == 1:
         return kv[0, :, :depth]
     zeros = jnp.zeros((kv.shape[1], depth), kv.dtype)
@@ -201,14 +201,14 @@ def key_masks(plan: Plan, line: Any) -> list[Any]:
     return masks
 
 
-def own_blocks(plan: Plan) -> Any:
-    """Where block l of the queries meets block l of a key tile, in `[m, pairs]`."""
-    row = lax.broadcasted_iota(jnp.int32, (plan.m, plan.pairs), 0)
-    lane = lax.broadcasted_iota(jnp.int32, (plan.m, plan.pairs), 1)
+def own_blocks(plan: Plan, rows: int) -> Any:
+    """Where block l of the queries meets block l of a key tile, in `[rows, pairs]`."""
+    row = lax.broadcasted_iota(jnp.int32, (rows, plan.pairs), 0)
+    lane = lax.broadcasted_iota(jnp.int32, (rows, plan.pairs), 1)
     own = lane == row
     for tile in range(1, plan.keys):
         own = own | (lane == row + tile * plan.blocks)
-    return own
+    return own & (row < plan.m)
 
 
 def _body(*refs: Any, plan: Plan, scale: float, safe: bool, masked: bool) -> None:
@@ -266,7 +266,7 @@ def _r_steps(
         return kv[0, f, c * plan.pack : (c + 1) * plan.pack]  # [pack, columns, width]
 
     def scores(item: tuple[int, int], _: Any) -> Any:
-        x = dot_t(q_rows[0, 0, item[1]], packed_keys(blocks(*item), plan.pack, plan.depth))
+        x = dot_t(q_rows[0, 0, item[1]], diagonal(blocks(*item), plan.pack, plan.depth))
         return x * (scale * LOG2E)  # [rows, pack*columns]
 
     def exponentials(item: tuple[int, int], x: Any) -> Any:
@@ -305,14 +305,14 @@ def _l_steps(
     plan: Plan, q_positions: Any, averages: Any, sums: Any, gains: Any, acc: Any, part: Any
 ) -> None:
     """Adds this step's key tiles to `acc`, and writes its sums of `2^F` to `part`."""
-    own = own_blocks(plan)
+    own = own_blocks(plan, plan.m)
 
     def products(r: int, _: Any) -> Any:
         return dot_t(q_positions[0, 0, r], rows_of(averages[r, :, : plan.depth], plan))
 
     def exponentials(r: int, x: Any) -> Any:
-        diagonal = jnp.where(own, x, 0.0).sum(0, keepdims=True)  # [1, pairs]
-        p = jnp.exp2((x - diagonal) * gains[r : r + 1])  # [m, pairs]
+        tangent = jnp.where(own, x, 0.0).sum(0, keepdims=True)  # [1, pairs]
+        p = jnp.exp2((x - tangent) * gains[r : r + 1])  # [m, pairs]
         a, j = r // plan.b, r % plan.b
         part[a, :, j : j + 1] = (p * sums[r : r + 1]).sum(-1, keepdims=True)
         return p.astype(plan.dtype)
@@ -336,12 +336,12 @@ def _l_steps_safely(
 ) -> None:
     """The same with running maxima, for the rare call that needs them."""
     r_tops, tops = shifts
-    own = own_blocks(plan)
+    own = own_blocks(plan, plan.m)
     for r in range(plan.rows):
         a, column = r // plan.b, slice(r % plan.b, r % plan.b + 1)
         x = dot_t(q_positions[0, 0, r], rows_of(averages[r, :, : plan.depth], plan))
-        diagonal = jnp.where(own, x, 0.0).sum(0, keepdims=True)
-        x = (x - diagonal) * gains[r : r + 1] + r_tops[r : r + 1]  # F - log2 l
+        tangent = jnp.where(own, x, 0.0).sum(0, keepdims=True)
+        x = (x - tangent) * gains[r : r + 1] + r_tops[r : r + 1]  # F - log2 l
         x = jnp.where(some, x, MASKED)
         old = tops[a, :, column]  # [m, 1]
         top = jnp.maximum(old, x.max(-1, keepdims=True))
