@@ -22,6 +22,7 @@ has its queries, for the same reason.
 
 import dataclasses
 import functools
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import jax
@@ -311,42 +312,55 @@ def _last_kernel(plan: _Plan, q_ref: Any, k_ref: Any, *refs: Any) -> None:
 
     def product(q, k, values, douts, index):
         line = pl.ds(index, 1)
-        lse = _per_position(pack, pack.keys, lse_ref[0, 0, line, :wide], NOTHING)
         x = _dot(k, q, ((1,), (1,))) * (plan.scale * LOG2E)
-        p = jnp.exp2(x + columns[:tall, index : index + 1] - lse)  # [tall, wide]
+        yield
         dp = sum(
             _scaled(_dot(v, do, ((1,), (1,))), gain)
             for v, do, gain in zip(values, douts, plan.gains, strict=True)
         )
+        yield
+        lse = _per_position(pack, pack.keys, lse_ref[0, 0, line, :wide], NOTHING)
+        p = jnp.exp2(x + columns[:tall, index : index + 1] - lse)  # [tall, wide]
         offset = jnp.sum(p * dp, axis=0, keepdims=True)  # [1, wide]
         if offset_ref:
             offset = offset + offset_ref[0][0, 0, line, :wide]
         ds = p * (dp - offset)
+        yield
         across = jnp.transpose(ds)  # [wide, tall]
-        if dshift_ref:
-            dshift_ref[0][0, 0, line, :tall] = jnp.sum(across, axis=0, keepdims=True)
-        dq = _scaled(_dot(across.astype(k.dtype), k, ((1,), (0,))), plan.scale)
-        dk = _scaled(_dot(ds.astype(q.dtype), q, ((1,), (0,))), plan.scale)
         p = p.astype(q.dtype)
         dvalues = [
             _scaled(_dot(p, do, ((1,), (0,))), gain)
             for do, gain in zip(douts, plan.gains, strict=True)
         ]
+        yield
+        if dshift_ref:
+            dshift_ref[0][0, 0, line, :tall] = jnp.sum(across, axis=0, keepdims=True)
+        dq = _scaled(_dot(across.astype(k.dtype), k, ((1,), (0,))), plan.scale)
+        dk = _scaled(_dot(ds.astype(q.dtype), q, ((1,), (0,))), plan.scale)
+        yield
         return dq, dk, *dvalues
 
-    for index in range(plan.products // pack.halves):
+    def group(index):
         qs = load(pack, q_ref, index, pack.rows)
         ks = load(pack, k_ref, index, pack.keys)
         values = [load(pack, ref, index, pack.keys) for ref in value_refs]
         douts = [load(pack, ref, index, pack.rows) for ref in dout_refs]
-        results = []
-        for half in range(pack.halves):
-            these = [v[half] for v in values], [do[half] for do in douts]
-            results.append(product(qs[half], ks[half], *these, index * pack.halves + half))
+        results = yield from _together(
+            product(
+                qs[half],
+                ks[half],
+                [v[half] for v in values],
+                [do[half] for do in douts],
+                index * pack.halves + half,
+            )
+            for half in range(pack.halves)
+        )
         frames = (pack.rows, *(pack.keys,) * (1 + count))
         refs = (dq_ref, dk_ref, *dvalue_refs)
         for ref, n, halves in zip(refs, frames, zip(*results, strict=True), strict=True):
             store(pack, ref, index, n, list(halves))
+
+    _staggered(group(index) for index in range(plan.products // pack.halves))
 
 
 def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, dqt_ref: Any, *refs: Any) -> None:
@@ -360,49 +374,53 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, dqt_ref: Any, *refs: An
         columns = _columns(weight_ref[0][0, 0])  # [LANES, products]
     once = _once(pack, pack.rows)
 
-    def weights(q, al, index, careful):
-        """`(L, Z)` of a product, `[tall, wide]` and `[tall, 1]`."""
+    def product(q, al, dqt, index, careful):
         line = pl.ds(index, 1)
-        bias = _per_position(pack, pack.rows, bias_ref[0, 0, line, :wide], MASKED)
-        x = _dot(q, al, ((1,), (1,))) * LOG2E + bias
+        x = _dot(q, al, ((1,), (1,))) * LOG2E
+        yield
+        g = _dot(q, dqt, ((1,), (1,)))  # [tall, wide]
+        yield
+        x = x + _per_position(pack, pack.rows, bias_ref[0, 0, line, :wide], MASKED)
         if careful:
             top = jnp.max(x, axis=1, keepdims=True)
             p = jnp.where(x <= MASKED / 2, 0.0, jnp.exp2(x - top))
         else:
             p = jnp.exp2(x)
-        total = jnp.sum(p, axis=1, keepdims=True)
+        total = jnp.sum(p, axis=1, keepdims=True)  # [tall, 1]
+        yield
         over = 1 / (jnp.where(total == 0, 1.0, total) if careful else total)
         if weight_ref:
             over = over * _column(columns, index, tall)
         elif once is not None:
             over = over * once
-        return p * over, total
-
-    def product(q, al, dqt, index, careful):
-        p, total = weights(q, al, index, careful)
-        g = _dot(q, dqt, ((1,), (1,)))  # [tall, wide]
+        p = p * over
         mass = jnp.sum(p, axis=0, keepdims=True)  # [1, wide]
         pull = jnp.sum(p * g, axis=0, keepdims=True)
         over = 1 / jnp.maximum(mass, plan.floor)
         dmass = jnp.where(mass > plan.floor, -pull * over * over, 0.0)
         dp = g * over + dmass
-        ds = p * (dp - jnp.sum(p * dp, axis=1, keepdims=True))
+        mean = jnp.sum(p * dp, axis=1, keepdims=True)
+        yield
+        ds = p * (dp - mean)
         if dcl_ref:
-            dcl_ref[0][0, 0, pl.ds(index, 1), :wide] = jnp.sum(ds, axis=0, keepdims=True)
-        dq = _dot(ds.astype(q.dtype), al, ((1,), (0,)))
-        dq = dq + _dot((p * over).astype(q.dtype), dqt, ((1,), (0,)))
-        dal = _dot(jnp.transpose(ds).astype(q.dtype), q, ((1,), (0,)))
+            dcl_ref[0][0, 0, line, :wide] = jnp.sum(ds, axis=0, keepdims=True)
+        across = jnp.transpose(ds)
+        dq = _dot((p * over).astype(q.dtype), dqt, ((1,), (0,)))
+        yield
+        dq = dq + _dot(ds.astype(q.dtype), al, ((1,), (0,)))
+        dal = _dot(across.astype(q.dtype), q, ((1,), (0,)))
+        yield
         return dq, dal, total
 
     def group(index, careful):
         qs = load(pack, q_ref, index, pack.rows)
         als = load(pack, al_ref, index, pack.keys)
         dqts = load(pack, dqt_ref, index, pack.keys)
-        halves = [
+        results = yield from _together(
             product(q, al, dqt, index * pack.halves + half, careful)
             for half, (q, al, dqt) in enumerate(zip(qs, als, dqts, strict=True))
-        ]
-        dqs, dals, totals = zip(*halves, strict=True)
+        )
+        dqs, dals, totals = zip(*results, strict=True)
         store(pack, dq_ref, index, pack.rows, list(dqs))
         store(pack, dal_ref, index, pack.keys, list(dals))
         return totals
@@ -410,8 +428,10 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, dqt_ref: Any, *refs: An
     groups = plan.products // pack.halves
     left = plan.n - pl.program_id(1) * plan.block
     least = most = jnp.ones((tall, 1), jnp.float32)
-    for index in range(groups):
-        for total in group(index, careful=False):
+    for index, totals in enumerate(
+        _staggered(group(index, careful=False) for index in range(groups))
+    ):
+        for total in totals:
             if plan.n % plan.block:  # positions past the end hold anything
                 total = jnp.where(index * pack.group < left, total, 1.0)
             least, most = jnp.minimum(least, total), jnp.maximum(most, total)
@@ -421,7 +441,50 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, dqt_ref: Any, *refs: An
 
     @pl.when(jnp.logical_not(jnp.all(fine)))
     def _():
-        jax.lax.fori_loop(0, groups, lambda i, _: (group(i, careful=True), 0)[1], 0)
+        def one(index, _):
+            _staggered([group(index, careful=True)])
+            return 0
+
+        jax.lax.fori_loop(0, groups, one, 0)
+
+
+def _staggered(tasks: Iterable[Generator[None, None, Any]]) -> list[Any]:
+    """What the tasks return, each a stage behind the one before it.
+
+    The compiler keeps about to the order of the source. Stages of several products side by side
+    let one wait for the matrix unit while others compute.
+    """
+    live: dict[int, Generator[None, None, Any]] = {}
+    results = {}
+    waiting = enumerate(tasks)
+    more = True
+    while more or live:
+        index, task = next(waiting, (-1, None))
+        more = task is not None
+        if task is not None:
+            live[index] = task
+        for index in sorted(live, reverse=True):  # loads before stores
+            try:
+                next(live[index])
+            except StopIteration as end:
+                results[index] = end.value
+                del live[index]
+    return [results[index] for index in sorted(results)]
+
+
+def _together(tasks: Iterable[Generator[None, None, Any]]) -> Generator[None, None, list[Any]]:
+    """What the tasks return, stage by stage at the same time."""
+    tasks = list(tasks)
+    while True:
+        results = []
+        for task in tasks:
+            try:
+                next(task)
+            except StopIteration as end:
+                results.append(end.value)
+        if results:
+            return results
+        yield
 
 
 def _scaled(x: Any, factor: float) -> Any:
