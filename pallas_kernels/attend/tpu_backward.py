@@ -43,9 +43,14 @@ CHUNK_ROWS = 256
 # and leaves the instruction memory.
 STEP_SCORES = 2_700_000
 
-# Share of the VMEM that the float32 dq of all rows and its output may take; more rows than fit
-# are split over several launches.
-DQ_SHARE = 0.6
+# Groups in one grid step, where they are small.
+MOST_GROUPS = 16
+
+# Shares of the VMEM: of all that a kernel plans with, and of that for one grid step's blocks. The
+# rest is for the float32 dq of all rows and its output, where several key blocks add to it; more
+# rows than fit are split over several launches.
+VMEM_SHARE = 0.9
+BLOCKS_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,7 @@ class _Plan:
     """What the body of the kernel is specialised for; sizes are those of one grid step."""
 
     group_block: int
+    pack: int  # groups that are worked on as one, under a mask
     rows: int
     row_blocks: int
     keys: int
@@ -64,6 +70,21 @@ class _Plan:
     shared: bool  # the first of the values is K itself
     biased: bool
     turn: bool  # transpose dS for dq
+
+    @property
+    def summed(self) -> bool:
+        """Whether dk and dvalues add up over chunks of rows."""
+        return self.row_blocks > 1 or self.rows > CHUNK_ROWS
+
+    @property
+    def pack_rows(self) -> int:
+        """Rows that a pack sets aside for each of its groups: whole tiles."""
+        return self.rows if self.pack == 1 else _tiled(self.rows)
+
+    @property
+    def pack_keys(self) -> int:
+        """Keys that a pack sets aside for each of its groups."""
+        return self.keys if self.pack == 1 else _tiled(self.keys)
 
 
 def backward(
@@ -95,7 +116,7 @@ def backward(
     groups, n, d = q.shape
     s = k.shape[1]
     widths = ((d,) if shared else ()) + tuple(v.shape[-1] for v in values)
-    group_block, rows, keys = _blocks(name, groups, n, s, d, widths, q.dtype, block_sizes)
+    group_block, pack, rows, keys = _blocks(name, groups, n, s, d, widths, q.dtype, block_sizes)
     row_blocks, key_blocks = pl.cdiv(n, rows), pl.cdiv(s, keys)
 
     dlse = jnp.zeros_like(lse) if dlse is None else dlse.astype(jnp.float32)
@@ -107,23 +128,23 @@ def backward(
         lse = jnp.pad(lse, ((0, 0), (0, extra)), constant_values=-MASKED)
         dlse = jnp.pad(dlse, ((0, 0), (0, extra)))
         q, outs, douts = jax.tree.map(lambda x: _padded(x, extra), (q, outs, douts))
-    line = bias
+    line = None if bias is None else bias.astype(jnp.float32) * LOG2E
     if s % keys:
         extra = key_blocks * keys - s
-        line = jnp.zeros((groups, s), jnp.float32) if bias is None else bias
-        line = jnp.pad(line.astype(jnp.float32), ((0, 0), (0, extra)), constant_values=MASKED)
+        line = jnp.zeros((groups, s), jnp.float32) if line is None else line
+        line = jnp.pad(line, ((0, 0), (0, extra)), constant_values=MASKED)
         k, values = jax.tree.map(lambda x: _padded(x, extra), (k, values))
     plan = _Plan(
-        group_block, rows, row_blocks, keys, key_blocks, d, widths, tuple(gains), scale, shared,
-        line is not None, chips.current().name in WIDE,
+        group_block, pack, rows, row_blocks, keys, key_blocks, d, widths, tuple(gains), scale,
+        shared, line is not None, chips.current().name in WIDE,
     )  # fmt: skip
-    lines = jnp.stack([lse, dlse], axis=1).reshape(groups, 2, row_blocks, rows)
-    arrays = [q, *outs, *douts, lines.swapaxes(1, 2), k, *values]
+    lse, dlse = (_lines(x, pack, row_blocks, rows, plan.pack_rows) for x in (lse, dlse))
+    arrays = [q, *outs, *douts, jnp.concatenate([lse, dlse], axis=2), k, *values]
     if line is not None:
-        line = jnp.maximum(line.astype(jnp.float32) * LOG2E, MASKED)
-        arrays.append(line.reshape(groups, key_blocks, 1, keys))
+        line = jnp.maximum(line, MASKED)
+        arrays.append(_lines(line, pack, key_blocks, keys, plan.pack_keys))
 
-    parts = _parts(row_blocks, rows, d, key_blocks, q.dtype)
+    parts = _parts(row_blocks, rows, keys, key_blocks, d, widths, q.dtype)
     results = [
         _launch_rows(plan, name, part, len(parts) > 1, arrays, (groups, s)) for part in parts
     ]
@@ -134,8 +155,20 @@ def backward(
     dk, *dvalues = (x[:, :s].astype(t) for x, t in zip(of_keys, dtypes, strict=False))
     dbias = None
     if bias is not None:
-        dbias = of_keys[-1].reshape(groups, -1)[:, :s].astype(bias.dtype)
+        dbias = of_keys[-1].reshape(groups, key_blocks, plan.pack_keys)[..., :keys]
+        dbias = dbias.reshape(groups, -1)[:, :s].astype(bias.dtype)
     return dq, dk, tuple(dvalues), dbias
+
+
+def _lines(x: Array, pack: int, blocks: int, size: int, room: int) -> Array:
+    """A vector of each group as one row for each block, or one for the groups of a pack."""
+    x = jnp.pad(x.reshape(-1, blocks, size), ((0, 0), (0, 0), (0, room - size)))
+    return x.reshape(-1, blocks, 1, pack * room)
+
+
+def _tiled(length: int) -> int:
+    """Rounded up to whole tiles of 16 rows."""
+    return -(-length // 16) * 16
 
 
 def _padded(x: Array, extra: int) -> Array:
@@ -153,8 +186,8 @@ def _check(q: Array, k: Array, values: Sequence[Array]) -> None:
         raise NotImplementedError("TPU kernels take no empty arrays")
 
 
-def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int, int]:
-    """Groups, rows and keys of a grid step: wishes made to fit the shape and the VMEM."""
+def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int, int, int]:
+    """Groups, groups in a pack, rows and keys of a grid step: wishes made to fit."""
     size = jnp.dtype(dtype).itemsize
     step_scores = STEP_SCORES if size == 2 else STEP_SCORES // 6
     wish_keys = s if s * min(n, 2 * CHUNK_ROWS) <= step_scores else min(s, 1600)
@@ -163,13 +196,8 @@ def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int
     wishes = choose(
         name, shape, jnp.dtype(dtype).name, {"rows": wish_rows, "keys": wish_keys}, block_sizes
     )
-    budget = int((0.9 - DQ_SHARE) * chips.current().vmem)
-
-    def bytes_of(rows: int, keys: int) -> int:
-        width = d + sum(widths)
-        moving = 2 * size * (rows * (2 * width) + 2 * keys * width)
-        return moving + 4 * keys * width + 2 * (4 + size) * min(rows, CHUNK_ROWS) * keys
-
+    budget = int(BLOCKS_SHARE * chips.current().vmem)
+    bytes_of = functools.partial(_bytes_of, d=d, widths=widths, size=size)
     keys = _fit(s, wishes["keys"])
     rows = _fit(n, wishes["rows"])
     while bytes_of(rows, keys) > budget and max(rows, keys) > 256:
@@ -181,12 +209,25 @@ def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int
         raise NotImplementedError(
             f"blocks of {rows} rows and {keys} keys of {d} do not fit {budget} bytes of VMEM"
         )
-    group_block = 1
+    group_block = pack = 1
     if rows == n and keys == s:
-        room = min(16, step_scores // 8 // (n * s), budget // bytes_of(n, s))
-        group_block = max(1, min(groups, room))
-        group_block = next(x for x in range(group_block, 0, -1) if groups % x == 0)
-    return group_block, rows, keys
+        room = min(MOST_GROUPS, step_scores // 8 // (n * s), budget // bytes_of(n, s))
+        # A pack costs what its product of rows and keys costs: no more than one chunk's width.
+        pack = _divisor(groups, CHUNK_ROWS // _tiled(max(n, s)))
+        group_block = pack * _divisor(groups // pack, max(1, room // pack))
+    return group_block, pack, rows, keys
+
+
+def _bytes_of(rows: int, keys: int, *, d: int, widths: tuple[int, ...], size: int) -> int:
+    """VMEM of one grid step's blocks (two of each), sums and scores."""
+    width = d + sum(widths)
+    moving = 2 * size * (rows * (2 * width) + 2 * keys * width)
+    return moving + 4 * keys * width + 2 * (4 + size) * min(rows, CHUNK_ROWS) * keys
+
+
+def _divisor(length: int, most: int) -> int:
+    """The largest divisor of `length` up to `most`, at least 1."""
+    return next((x for x in range(min(most, length), 1, -1) if length % x == 0), 1)
 
 
 def _fit(length: int, wish: int) -> int:
@@ -201,13 +242,15 @@ def _fit(length: int, wish: int) -> int:
     return -(-length // (16 * blocks)) * 16
 
 
-def _parts(row_blocks: int, rows: int, d: int, key_blocks: int, dtype: Any) -> list[range]:
+def _parts(row_blocks, rows, keys, key_blocks, d, widths, dtype) -> list[range]:
     """The row blocks of each launch: all, unless their dq must wait in VMEM and does not fit."""
-    room = DQ_SHARE * chips.current().vmem
-    each = rows * max(d, 128) * (4 + 2 * jnp.dtype(dtype).itemsize)
-    launches = 1 if key_blocks == 1 else min(row_blocks, -(-row_blocks * each // int(room)))
-    size = -(-row_blocks // launches)
-    return [range(i, min(i + size, row_blocks)) for i in range(0, row_blocks, size)]
+    size = jnp.dtype(dtype).itemsize
+    room = VMEM_SHARE * chips.current().vmem - _bytes_of(rows, keys, d=d, widths=widths, size=size)
+    # Of dq: the float32 sums and two output buffers, in lanes of 128.
+    fit = max(1, int(room) // (rows * -(-d // 128) * 128 * (4 + 2 * size)))
+    launches = 1 if key_blocks == 1 else -(-row_blocks // fit)
+    each = -(-row_blocks // launches)
+    return [range(i, min(i + each, row_blocks)) for i in range(0, row_blocks, each)]
 
 
 def _launch_rows(plan, name, part, partial, arrays, sizes) -> list[Array]:
@@ -224,10 +267,10 @@ def _launch_rows(plan, name, part, partial, arrays, sizes) -> list[Array]:
         return pl.BlockSpec((plan.group_block, plan.keys, width), lambda g, j, r: (g, j, 0))
 
     # Vectors are rows of blocks: a block must be a whole dimension or a multiple of 128 wide.
-    row_line = pl.BlockSpec(
-        (plan.group_block, 1, 2, plan.rows), lambda g, j, r: (g, first + r, 0, 0)
-    )
-    key_line = pl.BlockSpec((plan.group_block, 1, 1, plan.keys), lambda g, j, r: (g, j, 0, 0))
+    packs = plan.group_block // plan.pack
+    line_rows, line_keys = plan.pack * plan.pack_rows, plan.pack * plan.pack_keys
+    row_line = pl.BlockSpec((packs, 1, 2, line_rows), lambda g, j, r: (g, first + r, 0, 0))
+    key_line = pl.BlockSpec((packs, 1, 1, line_keys), lambda g, j, r: (g, j, 0, 0))
     rows = plan.rows * plan.row_blocks
     if plan.key_blocks == 1:
         dq_spec = pl.BlockSpec((plan.group_block, plan.rows, d), lambda g, j, r: (g, r, 0))
@@ -238,8 +281,9 @@ def _launch_rows(plan, name, part, partial, arrays, sizes) -> list[Array]:
     key_dtype = jnp.float32 if partial else dtype
     biased = [key_line] if plan.biased else []
     moved_keys = d + sum(values)
-    scratch = [pltpu.VMEM((d, plan.keys), jnp.float32)]
-    scratch += [pltpu.VMEM((w, plan.keys), jnp.float32) for w in values]
+    scratch = []
+    if plan.summed:
+        scratch += [pltpu.VMEM((w, plan.keys), jnp.float32) for w in (d, *values)]
     if plan.key_blocks > 1:
         scratch.append(pltpu.VMEM((rows, d), jnp.float32))
     return launch(
@@ -255,7 +299,9 @@ def _launch_rows(plan, name, part, partial, arrays, sizes) -> list[Array]:
             jax.ShapeDtypeStruct((groups, rows, d), dtype),
             *(jax.ShapeDtypeStruct((groups, keys, w), key_dtype) for w in (d, *values)),
             *(
-                jax.ShapeDtypeStruct((groups, plan.key_blocks, 1, plan.keys), jnp.float32)
+                jax.ShapeDtypeStruct(
+                    (groups // plan.pack, plan.key_blocks, 1, line_keys), jnp.float32
+                )
                 for _ in biased
             ),
         ],
@@ -276,50 +322,56 @@ def _kernel(plan: _Plan, *refs: Any) -> None:
     take = lambda count: [refs.pop(0) for _ in range(count)]  # noqa: E731
     count = len(plan.widths)
     values = count - plan.shared
-    (q,), outs, douts, (lines, k) = take(1), take(count), take(count), take(2)
-    v, bias = take(values), take(int(plan.biased))
-    dq, dk, *dv = take(2 + values)
-    dbias, sums = take(int(plan.biased)), take(1 + values)
+    (q,), outs, douts, (lines,) = take(1), take(count), take(count), take(1)
+    keys, bias = take(1 + values), take(int(plan.biased))
+    (dq,), targets, dbias = take(1), take(1 + values), take(int(plan.biased))
+    sums = take((1 + values) * plan.summed)
     waiting = refs[0] if plan.key_blocks > 1 else None
-    targets = [dk, *dv]
     j, step = pl.program_id(1), pl.program_id(2)
 
     if plan.row_blocks > 1:
 
         @pl.when(step == 0)
         def _():
-            for ref in sums:
-                ref[...] = jnp.zeros(ref.shape, ref.dtype)
-            for ref in dbias:
+            for ref in (*sums, *dbias):
                 ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
-    starts = range(0, plan.rows, CHUNK_ROWS)
-    for g in range(plan.group_block):
-        keys = [k[g], *(ref[g] for ref in v)]
-        lse, dlse = (jnp.transpose(lines[g, 0, i : i + 1]) for i in (0, 1))  # [rows, 1]
-        for start in starts:
+    apart = [_apart(plan)] if plan.pack > 1 else []
+    for pack in range(plan.group_block // plan.pack):
+        g = pack * plan.pack
+        here = [_packed(ref, g, plan.pack, plan.pack_keys) for ref in keys]
+        masks = [ref[pack, 0] for ref in bias] + apart
+        lse, dlse = (jnp.transpose(lines[pack, 0, i : i + 1]) for i in (0, 1))  # [rows, 1]
+        grads = []
+        for start in range(0, plan.rows, CHUNK_ROWS):
             chunk = slice(start, min(start + CHUNK_ROWS, plan.rows))
-            grads = _chunk(
+            of_rows = functools.partial(
+                _packed, g=g, pack=plan.pack, room=plan.pack_rows, rows=chunk
+            )
+            part = chunk if plan.pack == 1 else slice(None)
+            dq_chunk, *grads, line = _chunk(
                 plan,
-                q[g, chunk],
-                [ref[g, chunk] for ref in outs],
-                [ref[g, chunk] for ref in douts],
-                lse[chunk],
-                dlse[chunk],
-                keys,
-                bias[0][g, 0] if bias else None,
+                of_rows(q),
+                [of_rows(ref) for ref in outs],
+                [of_rows(ref) for ref in douts],
+                lse[part],
+                dlse[part],
+                here,
+                masks,
             )
             if waiting is None:
-                dq[g, chunk] = grads[0].astype(dq.dtype)
+                _unpack(dq, g, plan.pack, dq_chunk, chunk)
             else:
-                here = _rows_from(plan, step, start, chunk.stop - start)
-                waiting[here] = grads[0] + jnp.where(j == 0, 0.0, waiting[here])
+                at = _rows_from(plan, step, start, chunk.stop - start)
+                waiting[at] = dq_chunk + jnp.where(j == 0, 0.0, waiting[at])
             fresh = plan.row_blocks == 1 and start == 0
-            for ref, more in zip([*sums, *(x.at[g, 0] for x in dbias)], grads[1:], strict=True):
+            totals = [*zip(sums, grads, strict=False), *((x.at[pack, 0], line) for x in dbias)]
+            for ref, more in totals:
                 ref[...] = more if fresh else ref[...] + more
         if plan.row_blocks == 1:
-            for ref, sum_ in zip(targets, sums, strict=True):
-                ref[g] = jnp.transpose(sum_[...]).astype(ref.dtype)
+            grads = [ref[...] for ref in sums] if plan.summed else grads
+            for ref, grad in zip(targets, grads, strict=True):
+                _unpack(ref, g, plan.pack, jnp.transpose(grad), slice(0, plan.keys))
 
     if waiting is not None:
 
@@ -336,7 +388,34 @@ def _kernel(plan: _Plan, *refs: Any) -> None:
                 ref[0] = jnp.transpose(sum_[...]).astype(ref.dtype)
 
 
-def _chunk(plan, q, outs, douts, lse, dlse, keys, bias) -> list[Array]:
+def _apart(plan) -> Array:
+    """What keeps the groups of a pack apart, added to the scores: [rows, keys] of a pack."""
+    shape = plan.pack * plan.pack_rows, plan.pack * plan.pack_keys
+    row, key = (jax.lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1))
+    first = jax.lax.div(row, jnp.int32(plan.pack_rows)) * plan.pack_keys
+    return jnp.where((key >= first) & (key < first + plan.keys), 0.0, MASKED)
+
+
+def _packed(ref, g: int, pack: int, room: int, rows: slice = slice(None)) -> Array:
+    """Some rows of one group, or the groups of a pack below each other, with zeros between."""
+    if pack == 1:
+        return ref[g, rows]
+    empty = jnp.zeros((room - ref.shape[1], ref.shape[2]), ref.dtype)
+    pieces = [[ref[i], empty] if empty.size else [ref[i]] for i in range(g, g + pack)]
+    return jnp.concatenate([x for piece in pieces for x in piece])
+
+
+def _unpack(ref, g: int, pack: int, x: Array, rows: slice) -> None:
+    """Writes some rows of one group, or those of all groups in a pack."""
+    if pack == 1:
+        ref[g, rows] = x.astype(ref.dtype)
+        return
+    room = x.shape[0] // pack
+    for i in range(pack):
+        ref[g + i] = x[i * room : i * room + ref.shape[1]].astype(ref.dtype)
+
+
+def _chunk(plan, q, outs, douts, lse, dlse, keys, masks) -> list[Any]:
     """Some rows of one group: dq, and their share of dk^T, dvalues^T and dbias, in float32."""
     k = keys[0]
     values = keys if plan.shared else keys[1:]
@@ -348,7 +427,7 @@ def _chunk(plan, q, outs, douts, lse, dlse, keys, bias) -> list[Array]:
     )  # [rows, 1]
     # Rounded as the forward pass rounds it, so that the weights are the same.
     x = _dot((wide(q) * (plan.scale * LOG2E)).astype(dtype), k, 1, 1)
-    x = x if bias is None else x + bias
+    x = sum(masks, x)
     p = jnp.exp2(x - lse)  # [rows, keys]
     douts = [
         dout if gain == 1 else (wide(dout) * gain).astype(dtype)
@@ -362,7 +441,7 @@ def _chunk(plan, q, outs, douts, lse, dlse, keys, bias) -> list[Array]:
         else sum(_dot(dout, value, 1, 1) for dout, value in zip(douts, values, strict=True))
     )
     ds = p * (dp - (delta - dlse))  # [rows, keys]
-    more = [] if bias is None else [jnp.sum(ds, axis=0, keepdims=True)]
+    line = jnp.sum(ds, axis=0, keepdims=True) if plan.biased else None
     ds, p = ds.astype(dtype), p.astype(dtype)
     if plan.turn:
         dq = jnp.transpose(_dot(k, jnp.transpose(ds), 0, 0))
@@ -372,7 +451,7 @@ def _chunk(plan, q, outs, douts, lse, dlse, keys, bias) -> list[Array]:
     if plan.shared and len(values) == 1 and scaled.shape[0] % 16 == 0:
         # One deep product adds up both contributions inside the matmul unit.
         both = jnp.concatenate([scaled, douts[0]]), jnp.concatenate([ds, p])
-        return [plan.scale * dq, _dot(*both, 0, 0), *more]
+        return [plan.scale * dq, _dot(*both, 0, 0), line]
     if joined:
         dvalues = _dot(jnp.concatenate(douts, axis=1), p, 0, 0)  # [sum(widths), keys]
         ends = [sum(plan.widths[: i + 1]) for i in range(len(values))]
@@ -382,7 +461,7 @@ def _chunk(plan, q, outs, douts, lse, dlse, keys, bias) -> list[Array]:
     dk = _dot(scaled, ds, 0, 0)  # [d, keys]
     if plan.shared:
         dk, dvalues = dk + dvalues[0], dvalues[1:]
-    return [plan.scale * dq, dk, *dvalues, *more]
+    return [plan.scale * dq, dk, *dvalues, line]
 
 
 def _dot(a: Array, b: Array, over_a: int, over_b: int) -> Array:
