@@ -48,10 +48,10 @@ LN2 = 0.6931471805599453
 LARGEST = 2.0**60
 SMALLEST = 2.0**-60
 
-# Groups of positions whose stages are traced side by side: one alone waits for its own results
+# Products whose stages are traced side by side: one alone waits for its own results
 # most of the time, many keep too much alive.
 LAST_WIDTH = 8
-MIDDLE_WIDTH = 3
+MIDDLE_WIDTH = 6
 
 # Positions of a grid step where nothing is known better.
 POSITIONS = 112
@@ -284,7 +284,9 @@ def _last_kernel(plan: _Plan, q_ref: Any, k_ref: Any, *refs: Any) -> None:
             store(pack, ref, index, pack.rows, [y * over for y, over in out])
 
     groups = plan.products // pack.halves
-    _interleaved([group(index, careful=False) for index in range(groups)], LAST_WIDTH)
+    _interleaved(
+        [group(index, careful=False) for index in range(groups)], max(1, LAST_WIDTH // pack.halves)
+    )
     sums = line_ref[0, 0]  # [products, LANES]
     line_ref[0, 0] = jnp.log2(sums) * LN2
     if not slow_path_wanted():
@@ -305,21 +307,35 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, shift_ref: Any, *refs: 
     weight = once(pack, pack.rows)[:, :wide] if pack.twice(pack.rows) else None
     columns = jnp.transpose(_square(shift_ref[0, 0]))  # [LANES, LANES or more]
 
+    def means_and_masses(p: Any, q: Any) -> tuple[Any, Any]:
+        """`p @ q` and the sums of the rows of `p`, `[tall, d]` and `[tall, 1 or d]`."""
+        rounded = p.astype(q.dtype)
+        if q.shape[1] != LANES or q.dtype != jnp.bfloat16:
+            return _dot(rounded, q, ((1,), (0,))), jnp.sum(p, axis=1, keepdims=True)
+        # A column of ones for each lane: the matrix unit has time left, the one for lanes has not.
+        both = _dot(rounded, jnp.concatenate([q, jnp.ones_like(q)], axis=1), ((1,), (0,)))
+        return both[:, :LANES], both[:, LANES:]
+
+    def shift_of(product: Any, careful: bool) -> Any:
+        """The shift of each row of a product, `[tall, wide]`."""
+        if careful:
+            lane = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
+            chosen = jnp.where(lane == product, columns, 0.0)
+            column = jnp.sum(chosen, axis=1, keepdims=True)[:tall]
+        else:
+            column = columns[:tall, product : product + 1]
+        return jnp.broadcast_to(column, (tall, wide))
+
     def group(index: Any, careful: bool) -> Iterator[None]:
         qs = load(pack, q_ref, index, pack.rows)
         als = load(pack, al_ref, index, pack.keys)
+        products = [index * pack.halves + half for half in range(pack.halves)]
         xs = [_dot(al, q, ((1,), (1,))) for q, al in zip(qs, als, strict=True)]
+        shifts = [shift_of(product, careful) for product in products]
         yield
-        means = []
-        for half, (x, q) in enumerate(zip(xs, qs, strict=True)):
-            product = index * pack.halves + half
+        ps = []
+        for x, shift, product in zip(xs, shifts, products, strict=True):
             line = pl.ds(product, 1)
-            if careful:
-                lane = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
-                chosen = jnp.where(lane == product, columns, 0.0)
-                shift = jnp.sum(chosen, axis=1, keepdims=True)[:tall]
-            else:
-                shift = columns[:tall, product : product + 1]  # [tall, 1]
             x = x * LOG2E + shift  # [tall, wide]
             if same is not None:
                 x = jnp.where(same, x, MASKED)
@@ -336,15 +352,19 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, shift_ref: Any, *refs: 
                 over = over * weight_ref[0][0, 0, line, :wide]
             elif weight is not None:
                 over = over * weight
-            p = p * over
-            mass = jnp.sum(p, axis=1, keepdims=True)  # [tall, 1]
-            mean = _dot(p.astype(q.dtype), q, ((1,), (0,)))
-            means.append((mean, 1 / jnp.maximum(mass, plan.floor)))
+            ps.append(p * over)
         yield
-        store(pack, qt_ref, index, pack.keys, [mean * over for mean, over in means])
+        pairs = [means_and_masses(p, q) for p, q in zip(ps, qs, strict=True)]
+        overs = [1 / jnp.maximum(mass, plan.floor) for _, mass in pairs]
+        yield
+        means = [mean * over for (mean, _), over in zip(pairs, overs, strict=True)]
+        store(pack, qt_ref, index, pack.keys, means)
 
     groups = plan.products // pack.halves
-    _interleaved([group(index, careful=False) for index in range(groups)], MIDDLE_WIDTH)
+    _interleaved(
+        [group(index, careful=False) for index in range(groups)],
+        max(1, MIDDLE_WIDTH // pack.halves),
+    )
     if not slow_path_wanted():
         return
 
