@@ -192,7 +192,7 @@ def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int
     step_scores = STEP_SCORES if size == 2 else STEP_SCORES // 6
     wish_keys = s if s * min(n, 2 * CHUNK_ROWS) <= step_scores else min(s, 1600)
     wish_rows = max(CHUNK_ROWS, step_scores // wish_keys)
-    shape = {"groups": groups, "rows": n, "keys": s, "dim": d, "width": sum(widths)}
+    shape = {"rows": n, "keys": s, "dim": d, "width": sum(widths)}
     wishes = choose(
         name, shape, jnp.dtype(dtype).name, {"rows": wish_rows, "keys": wish_keys}, block_sizes
     )
@@ -341,7 +341,8 @@ def _kernel(plan: _Plan, *refs: Any) -> None:
         g = pack * plan.pack
         here = [_packed(ref, g, plan.pack, plan.pack_keys) for ref in keys]
         masks = [ref[pack, 0] for ref in bias] + apart
-        lse, dlse = (jnp.transpose(lines[pack, 0, i : i + 1]) for i in (0, 1))  # [rows, 1]
+        columns = jnp.transpose(lines[pack, 0])  # [rows, 2]
+        lse, dlse = columns[:, :1], columns[:, 1:]
         grads = []
         for start in range(0, plan.rows, CHUNK_ROWS):
             chunk = slice(start, min(start + CHUNK_ROWS, plan.rows))
