@@ -2,7 +2,11 @@
 
 Up to 128 frames a position's scores are made at once, several positions in one product
 (`tpu_forward.py`). Beyond, the arrays are turned to `[positions, frames, d]`: `last` is then plain
-attention with `-cL` as its bias, and `middle` has a kernel of its own (`tpu_long.py`).
+attention with `-cL` as its bias. `middle` is two attentions: one of the rows to the key blocks for
+their log-sum-exp, and one of the key blocks to the rows, with its negative as bias,
+
+    lse[l] = logsumexp_k F ;  mean[k], w[k] = attention of aL[k] to q with bias -lse[l]
+    cR[k] = exp(w[k] - cL[k]) ;  qt[k] = mean[k] cR[k] / max(cR[k], floor)
 """
 
 import functools
@@ -95,6 +99,8 @@ def middle(
         NotImplementedError: for a dtype or a size that the kernels cannot serve.
     """
     _check(q, al)
+    if max(q.shape[1], al.shape[1]) > LANES:
+        return _long_middle(q, al, cl, floor, queries, key_blocks, block_sizes)
     return _middle((max(floor, TINY_MASS), block_sizes), q, al, cl, queries, key_blocks)
 
 
@@ -168,6 +174,22 @@ def _long_attention(q, k, values, scale, gains, shift, key_blocks, block_sizes):
         mask=None if key_blocks is None else turned(key_blocks),
     )  # fmt: skip
     return tuple(back(out) for out in outs), back(lse)
+
+
+def _long_middle(q, al, cl, floor, queries, key_blocks, block_sizes):
+    cl = cl.astype(jnp.float32)
+    _, lse = _long_attention(q, al, (al,), 1.0, (1.0,), cl, key_blocks, block_sizes)
+    some = jnp.isfinite(lse)
+    if queries is not None:
+        some &= queries
+    (mean,), total = _long_attention(
+        al, q, (q,), 1.0, (1.0,), jnp.where(some, lse, 0.0), some, block_sizes
+    )
+    mass = jnp.exp(total - cl)  # cR
+    share = mass / jnp.maximum(mass, max(floor, TINY_MASS))
+    if key_blocks is not None:
+        share = jnp.where(key_blocks[..., None], share, 0.0)
+    return (mean.astype(jnp.float32) * share[..., None]).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,7 +13,7 @@ underflow, which is checked; else the grid step is done again with the maxima.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from ..block_sizes import BlockSizes
 from ..numerics import MASKED, precision
 from ..tpu import chips
 from ..tpu.call import launch, slow_path_wanted
+from ..tpu.mode import interpreting
 from ..tpu.table import choose
 from .packing import (
     LANES,
@@ -284,9 +285,7 @@ def _last_kernel(plan: _Plan, q_ref: Any, k_ref: Any, *refs: Any) -> None:
             store(pack, ref, index, pack.rows, [y * over for y, over in out])
 
     groups = plan.products // pack.halves
-    _interleaved(
-        [group(index, careful=False) for index in range(groups)], max(1, LAST_WIDTH // pack.halves)
-    )
+    _all(groups, functools.partial(group, careful=False), LAST_WIDTH // pack.halves)
     sums = line_ref[0, 0]  # [products, LANES]
     line_ref[0, 0] = jnp.log2(sums) * LN2
     if not slow_path_wanted():
@@ -294,7 +293,7 @@ def _last_kernel(plan: _Plan, q_ref: Any, k_ref: Any, *refs: Any) -> None:
 
     @pl.when(_unsound(plan, sums, tall))
     def _():
-        _loop(groups, lambda index: _interleaved([group(index, careful=True)], 1))
+        _loop(groups, functools.partial(group, careful=True))
         line_ref[0, 0] = line_ref[0, 0] * LN2
 
 
@@ -316,14 +315,14 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, shift_ref: Any, *refs: 
         both = _dot(rounded, jnp.concatenate([q, jnp.ones_like(q)], axis=1), ((1,), (0,)))
         return both[:, :LANES], both[:, LANES:]
 
-    def shift_of(product: Any, careful: bool) -> Any:
+    def shift_of(product: Any) -> Any:
         """The shift of each row of a product, `[tall, wide]`."""
-        if careful:
+        if isinstance(product, int):
+            column = columns[:tall, product : product + 1]
+        else:
             lane = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
             chosen = jnp.where(lane == product, columns, 0.0)
             column = jnp.sum(chosen, axis=1, keepdims=True)[:tall]
-        else:
-            column = columns[:tall, product : product + 1]
         return jnp.broadcast_to(column, (tall, wide))
 
     def group(index: Any, careful: bool) -> Iterator[None]:
@@ -331,7 +330,7 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, shift_ref: Any, *refs: 
         als = load(pack, al_ref, index, pack.keys)
         products = [index * pack.halves + half for half in range(pack.halves)]
         xs = [_dot(al, q, ((1,), (1,))) for q, al in zip(qs, als, strict=True)]
-        shifts = [shift_of(product, careful) for product in products]
+        shifts = [shift_of(product) for product in products]
         yield
         ps = []
         for x, shift, product in zip(xs, shifts, products, strict=True):
@@ -361,16 +360,13 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, shift_ref: Any, *refs: 
         store(pack, qt_ref, index, pack.keys, means)
 
     groups = plan.products // pack.halves
-    _interleaved(
-        [group(index, careful=False) for index in range(groups)],
-        max(1, MIDDLE_WIDTH // pack.halves),
-    )
+    _all(groups, functools.partial(group, careful=False), MIDDLE_WIDTH // pack.halves)
     if not slow_path_wanted():
         return
 
     @pl.when(_unsound(plan, sum_ref[...], wide))
     def _():
-        _loop(groups, lambda index: _interleaved([group(index, careful=True)], 1))
+        _loop(groups, functools.partial(group, careful=True))
 
 
 def _as_row(column: Any) -> Any:
@@ -399,9 +395,12 @@ def _unsound(plan: _Plan, sums: Any, lanes: int) -> Any:
     return jnp.logical_not(jnp.all(fine))
 
 
-def _interleaved(bodies: list[Iterator[None]], width: int) -> None:
-    """Traces the stages of many bodies in turn, `width` of them in each, to let them overlap."""
-    waiting, running = list(bodies), []
+def _all(count: int, body: Callable[[Any], Iterator[None]], width: int) -> None:
+    """Traces `body(0)` to `body(count - 1)`, the stages of `width` of them side by side."""
+    if interpreting():  # a loop is compiled in a fraction of the time
+        _loop(count, body)
+        return
+    waiting, running = [body(index) for index in range(count)], []
     while waiting or running:
         running += waiting[:width]
         waiting = waiting[width:]
@@ -411,5 +410,11 @@ def _interleaved(bodies: list[Iterator[None]], width: int) -> None:
 _DONE = object()
 
 
-def _loop(count: int, body: Any) -> None:
-    jax.lax.fori_loop(0, count, lambda i, _: (body(i), 0)[1], 0)
+def _loop(count: int, body: Callable[[Any], Iterator[None]]) -> None:
+    """Runs `body(0)` to `body(count - 1)` one after the other, in little code."""
+
+    def one(index: Any, _: None) -> None:
+        for _ in body(index):
+            pass
+
+    jax.lax.fori_loop(0, count, one, None)

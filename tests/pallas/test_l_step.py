@@ -7,7 +7,6 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from pallas.attention_inputs import arrays
 from tolerances import assert_close
-
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.l_step import reference
 from vmonarch_jax.pallas_kernels.l_step import tpu as kernels
@@ -42,6 +41,11 @@ def run(function, *arguments, how=True):
         return jax.jit(function)(*arguments)
 
 
+def last_and_middle(q, al, cl, y, block_sizes):
+    out, lse = kernels.last(q, al, cl, y, block_sizes=block_sizes)
+    return out, lse, kernels.middle(q, al, cl, floor=0.1, block_sizes=block_sizes)
+
+
 def masks(size):
     g, m, keys, n, *_ = size
     generator = np.random.default_rng(2)
@@ -57,7 +61,7 @@ def check_last(size, dtype, *, key_blocks=None, spread=1.0, how=True):
         return kernels.last(q, al, cl, y, key_blocks=key_blocks, block_sizes=block_sizes)
 
     out, lse = run(last, q, al, cl, y, key_blocks, how=how)
-    assert out.dtype == dtype and lse.dtype == jnp.float32
+    assert (out.dtype, lse.dtype) == (dtype, jnp.float32)
     expected, expected_lse = reference.last(*wide(q, al, cl, y), key_blocks=key_blocks)
     assert_close(out, expected, dtype, "forward", f"{size}")
     assert_close(lse, expected_lse, dtype, "lse", f"{size}")
@@ -106,9 +110,7 @@ def test_extreme_scores_take_the_careful_path(spread):
     size = (1, 9, 9, 16, 64, 64, None)
     q, al, y, cl, block_sizes = inputs(size, "float32", spread)
     cl = cl if spread else cl + 400.0
-    with interpreted():
-        out, lse = kernels.last(q, al, cl, y, block_sizes=block_sizes)
-        qt = kernels.middle(q, al, cl, floor=0.1, block_sizes=block_sizes)
+    out, lse, qt = run(lambda *xs: last_and_middle(*xs, block_sizes), q, al, cl, y)
     assert float(jnp.abs(lse).max()) > 100
     expected, expected_lse = reference.last(q, al, cl, y)
     # The scores themselves carry a rounding of 300 * 2^-24.
@@ -121,12 +123,12 @@ def test_nan_comes_out():
     size = (1, 9, 9, 32, 64, 64, 16)
     q, al, y, cl, block_sizes = inputs(size, "float32")
     q = q.at[0, 2, 3].set(jnp.nan)
-    with interpreted():
-        out, lse = kernels.last(q, al, cl, y, block_sizes=block_sizes)
-        qt = kernels.middle(q, al, cl, floor=0.1, block_sizes=block_sizes)
-    assert jnp.isnan(out[0, 2, 3]).all() and jnp.isnan(lse[0, 2, 3])
+    out, lse, qt = run(lambda *xs: last_and_middle(*xs, block_sizes), q, al, cl, y)
+    assert jnp.isnan(out[0, 2, 3]).all()
+    assert jnp.isnan(lse[0, 2, 3])
     assert jnp.isnan(qt[0, :, 3]).all()
-    assert jnp.isfinite(out[:, :, 16:]).all() and jnp.isfinite(qt[:, :, 16:]).all()
+    assert jnp.isfinite(out[:, :, 16:]).all()
+    assert jnp.isfinite(qt[:, :, 16:]).all()
 
 
 def position_oracle(q, k, v, mask, scale, gain):
@@ -184,6 +186,16 @@ def test_gradients_of_last_and_middle():
     expected = loss(reference)(q, al, cl, y)
     for name, got, want in zip(("q", "al", "cl", "y"), actual, expected, strict=True):
         assert_close(got, want, "float32", "gradient", name)
+
+
+@pytest.mark.slow
+def test_many_frames():
+    """More than a product holds: attention over positions, twice for the mean queries."""
+    size = (1, 130, 140, 3, 64, 64, None)
+    key_blocks, queries = masks(size)
+    check_last(size, "float32", key_blocks=key_blocks)
+    check_middle(size, "float32", queries=queries, key_blocks=key_blocks)
+    check_middle(size, "bfloat16")
 
 
 def test_vmap():
