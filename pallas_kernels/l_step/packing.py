@@ -151,8 +151,7 @@ class _Words:
 
     def _strided(self, start: int, word: Any) -> tuple[Any, Any]:
         stride = self.positions // self.pair
-        flat = self.ref if self.pair == 1 else self.ref.bitcast(jnp.int32)
-        flat = flat.reshape(self.frames * stride, self.d)
+        flat = self._words().reshape(self.frames * stride, self.d)
         return flat, (pl.ds(start * stride + word, STEP, stride=stride), slice(None))
 
     def _plain(self, start: int, word: Any) -> Any:
@@ -163,6 +162,9 @@ class _Words:
         """`[8, d]`: word `at[1]` of 8 frames from `at[0]`."""
         if interpreting():
             return self.packed(self.ref[self._plain(*at)].reshape(STEP * self.pair, self.d))
+        if self._row_by_row(at[1]):
+            start, word = at
+            return self._words()[0, pl.ds(start, STEP), word, :]
         flat, part = self._strided(*at)
         return flat[part]
 
@@ -170,8 +172,19 @@ class _Words:
         if interpreting():
             self.ref[self._plain(*at)] = self.unpacked(words).reshape(STEP, self.pair, self.d)
             return
+        if self._row_by_row(at[1]):
+            start, word = at
+            self._words()[0, pl.ds(start, STEP), word, :] = words
+            return
         flat, part = self._strided(*at)
         flat[part] = words
+
+    def _row_by_row(self, word: Any) -> bool:
+        """Strided loads are for rows of 128 lanes, at places known beforehand."""
+        return self.d != LANES or not isinstance(word, int)
+
+    def _words(self) -> Any:
+        return self.ref if self.pair == 1 else self.ref.bitcast(jnp.int32)
 
 
 def _starts(frames: int) -> list[int]:
