@@ -386,6 +386,7 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, dqt_ref: Any, *refs: An
             p = jnp.where(x <= MASKED / 2, 0.0, jnp.exp2(x - top))
         else:
             p = jnp.exp2(x)
+        yield
         total = jnp.sum(p, axis=1, keepdims=True)  # [tall, 1]
         yield
         over = 1 / (jnp.where(total == 0, 1.0, total) if careful else total)
@@ -396,18 +397,22 @@ def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, dqt_ref: Any, *refs: An
         p = p * over
         mass = jnp.sum(p, axis=0, keepdims=True)  # [1, wide]
         pull = jnp.sum(p * g, axis=0, keepdims=True)
+        yield
         over = 1 / jnp.maximum(mass, plan.floor)
         dmass = jnp.where(mass > plan.floor, -pull * over * over, 0.0)
         dp = g * over + dmass
+        yield
         mean = jnp.sum(p * dp, axis=1, keepdims=True)
         yield
         ds = p * (dp - mean)
         if dcl_ref:
             dcl_ref[0][0, 0, line, :wide] = jnp.sum(ds, axis=0, keepdims=True)
         across = jnp.transpose(ds)
-        dq = _dot((p * over).astype(q.dtype), dqt, ((1,), (0,)))
         yield
-        dq = dq + _dot(ds.astype(q.dtype), al, ((1,), (0,)))
+        sides = _in_lanes(ds.astype(q.dtype)), _in_lanes((p * over).astype(q.dtype))
+        others = jnp.concatenate([_in_lanes(al, 0), _in_lanes(dqt, 0)])  # [2 * LANES, d]
+        dq = _dot(jnp.concatenate(sides, axis=1), others, ((1,), (0,)))
+        yield
         dal = _dot(across.astype(q.dtype), q, ((1,), (0,)))
         yield
         return dq, dal, total
@@ -487,6 +492,13 @@ def _together(tasks: Iterable[Generator[None, None, Any]]) -> Generator[None, No
         yield
 
 
+def _in_lanes(x: Any, axis: int = 1) -> Any:
+    """`x` with zeros up to 128, where another one may begin."""
+    shape = list(x.shape)
+    shape[axis] = LANES - x.shape[axis]
+    return jnp.concatenate([x, jnp.zeros(shape, x.dtype)], axis) if shape[axis] else x
+
+
 def _scaled(x: Any, factor: float) -> Any:
     return x if factor == 1 else x * factor
 
@@ -538,6 +550,3 @@ def _once(pack: Packing, frames: int) -> Any:
     row = jax.lax.broadcasted_iota(jnp.int32, (pack.height(frames), 1), 0)
     frame = jax.lax.div(row, jnp.int32(pack.side)) % pack.padded(frames)
     return jnp.where((frame >= places.start) & (frame < places.stop), 0.0, 1.0)
-
-
-CANDIDATES: tuple[dict[str, int], ...] = tuple({"positions": p} for p in (16, 48, 80, 112, 144))
