@@ -44,7 +44,7 @@ CHUNK_ROWS = 256
 STEP_SCORES = 2_700_000
 
 # Groups in one grid step, where they are small.
-MOST_GROUPS = 16
+MOST_GROUPS = 32
 
 # Shares of the VMEM: of all that a kernel plans with, and of that for one grid step's blocks. The
 # rest is for the float32 dq of all rows and its output, where several key blocks add to it; more
@@ -136,7 +136,7 @@ def backward(
         k, values = jax.tree.map(lambda x: _padded(x, extra), (k, values))
     plan = _Plan(
         group_block, pack, rows, row_blocks, keys, key_blocks, d, widths, tuple(gains), scale,
-        shared, line is not None, chips.current().name in WIDE,
+        shared, line is not None, pack == 1 and chips.current().name in WIDE,
     )  # fmt: skip
     lse, dlse = (_lines(x, pack, row_blocks, rows, plan.pack_rows) for x in (lse, dlse))
     arrays = [q, *outs, *douts, jnp.concatenate([lse, dlse], axis=2), k, *values]
