@@ -25,7 +25,8 @@ from jaxtyping import Array, Float
 from ..block_sizes import BlockSizes
 from ..numerics import MASKED, precision
 from ..tpu import chips
-from ..tpu.call import available, launch, slow_path_wanted
+from ..tpu.call import launch
+from ..tpu.mode import available, slow_path_wanted
 from ..tpu.table import choose
 
 LOG2E = 1.4426950408889634
@@ -178,11 +179,12 @@ def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int
     shape = {"rows": n, "keys": s, "dim": d, "width": sum(widths)}
     # Rows of a block that streams past are few, its keys many: running sums are touched less.
     wish_keys = s if s <= WHOLE_KEYS else 4096
-    wish_rows = max(128, STEP_SCORES // _fit(s, wish_keys, 128))
+    size = jnp.dtype(dtype).itemsize
+    scores = STEP_SCORES * 4 // size**2  # a float32 product takes six passes
+    wish_rows = max(128, scores // _fit(s, wish_keys, 128))
     wishes = choose(
         name, shape, jnp.dtype(dtype).name, {"rows": wish_rows, "keys": wish_keys}, block_sizes
     )
-    size = jnp.dtype(dtype).itemsize
     budget = int(0.8 * chips.current().vmem)
 
     def bytes_of(rows: int, keys: int) -> int:
@@ -202,7 +204,7 @@ def _blocks(name, groups, n, s, d, widths, dtype, block_sizes) -> tuple[int, int
         )
     group_block = 1
     if rows == n and keys == s:
-        room = min(16, STEP_SCORES // 8 // (n * s), budget // bytes_of(n, s))
+        room = min(16, scores // 8 // (n * s), budget // bytes_of(n, s))
         group_block = max(1, min(groups, room))
         group_block = next(x for x in range(group_block, 0, -1) if groups % x == 0)
     return group_block, rows, keys
@@ -216,7 +218,7 @@ def _fit(length: int, wish: int, step: int) -> int:
         if length % size == 0:
             return size
     # Even shares, so that the last block is not mostly padding.
-    return pl.cdiv(pl.cdiv(length, pl.cdiv(length, wish)), step) * step
+    return min(length, pl.cdiv(pl.cdiv(length, pl.cdiv(length, wish)), step) * step)
 
 
 def _kernel(plan: _Plan, *refs: Any) -> None:
@@ -392,8 +394,8 @@ def _finish(plan, q, sums, total, lse, outs, lines, g, start, size) -> None:
     """Writes the outputs, the log-sum-exp and cL of the rows from `start`."""
     rows = pl.ds(start, size)
     over = 1 / total
+    lines[0][g, 0, 0, rows] = lse[:, 0]
     at = 0
-    entropy = None
     for i, (ref, width, gain) in enumerate(zip(outs, plan.widths, plan.gains, strict=True)):
         out = (sums[:, at : at + width] * (over * gain)).astype(ref.dtype)  # [rows, width]
         ref[g, rows] = out
@@ -403,9 +405,7 @@ def _finish(plan, q, sums, total, lse, outs, lines, g, start, size) -> None:
             entropy = jnp.sum(product, axis=-1, keepdims=True) - lse
             if plan.biased:  # there may be no key at all
                 entropy = jnp.where(lse == -jnp.inf, 0.0, entropy)
-    lines[0][g, 0, 0, rows] = lse[:, 0]
-    if plan.entropy:
-        lines[1][g, 0, 0, rows] = entropy[:, 0]
+            lines[1][g, 0, 0, rows] = entropy[:, 0]
 
 
 def _chunks(length: int, chunk: Any) -> None:
