@@ -88,6 +88,11 @@ class Plan:
         return up(self.keys * self.blocks, 8 * self.words)
 
     @property
+    def stride(self) -> int:
+        """Rows of 32-bit words between two positions in scratch."""
+        return self.pairs // self.words
+
+    @property
     def joint(self) -> bool:
         """Whether K and V of a token share 128 lanes."""
         return self.d + self.e <= LANES

@@ -28,8 +28,9 @@ from ..numerics import MASKED, precision
 from ..tpu.call import launch
 from . import plan as planning
 from .plan import Plan, up
+from .positions import at_position, by_position, clear_padding, gather, lane_tiles, scatter, words
 from .staggered import staggered
-from .tpu_forward import LOG2E, diagonal, dot, dot_t, key_masks, own_blocks, rows_of, words
+from .tpu_forward import LOG2E, diagonal, dot, dot_t, key_masks, own_blocks
 
 KERNEL = "tiled_backward"
 LAG_ROWS, LAG_POSITIONS, LAG_GRADIENTS = 1, 2, 1
@@ -157,7 +158,7 @@ def _launcher(plan: Plan, groups: int, scale: float, entropy_gradient: bool, mas
     sums = pltpu.VMEM((plan.rows, plan.pairs), wide)
     scratch = [
         # [aL/scale | Y] by position, then the gradients of [scale aL | Y].
-        pltpu.VMEM((plan.rows, plan.pairs // plan.words, plan.width), word),
+        pltpu.VMEM(by_position(plan), word),
         pltpu.VMEM((plan.keys * plan.packs, plan.rows, plan.pack * plan.columns), plan.dtype),  # R
         sums,  # l, then log2 of sum_i 2^x
         sums,  # largest x of each row
@@ -210,7 +211,7 @@ def _body(*refs: Any, plan: Plan, scale: float, entropy_gradient: bool, masked: 
 
     # The lanes and rows that pad `pairs` are multiplied, by zero.
     if plan.pairs > plan.keys * plan.blocks:
-        averages[...] = jnp.zeros(averages.shape, averages.dtype)
+        clear_padding(plan, averages)
         sums[...] = jnp.zeros(sums.shape, sums.dtype)
         tops[...] = jnp.zeros(tops.shape, tops.dtype)
 
@@ -286,7 +287,7 @@ def _r_steps(
         while len(waiting) >= plan.words:
             ready = [waiting.pop(0) for _ in range(plan.words)]
             tile = words(ready[0][1], ready[1][1]) if plan.narrow else ready[0][1]
-            averages[:, ready[0][0] // plan.words, :] = tile
+            scatter(plan, averages, ready[0][0], tile)
 
     staggered(_items(plan), (scores, softmax, products), LAG_ROWS)
 
@@ -309,7 +310,7 @@ def _l_steps(
     own = own_blocks(plan, half)
 
     def products(r: int, _: Any) -> Any:
-        return dot_t(paired[0, 0, r], rows_of(averages[r], plan))  # [2 half, pairs]
+        return dot_t(paired[0, 0, r], at_position(plan, averages, r))  # [2 half, pairs]
 
     def gradients(r: int, both: Any) -> Any:
         a, j = r // plan.b, slice(r % plan.b, r % plan.b + 1)
@@ -325,11 +326,13 @@ def _l_steps(
         return jnp.concatenate([df, p], axis=0).astype(plan.dtype)
 
     def outputs(r: int, dfp: Any) -> None:
-        old = rows_of(averages[r], plan)  # [pairs, width]
-        dq = dot(dfp[:half], old[:, : plan.depth])
+        dq = dot(dfp[:half], at_position(plan, averages, r, 0, plan.depth))
         positions_out[0, 0, r] = positions_in[0, 0, r] + dq
         new = _t_dot(dfp, paired[0, 0, r])  # [pairs, width]
-        averages[r] = pltpu.bitcast(new.astype(plan.dtype), jnp.uint32) if plan.narrow else new
+        if plan.narrow:
+            new = pltpu.bitcast(new.astype(plan.dtype), jnp.uint32)
+        for lane, tile in enumerate(lane_tiles(new)):
+            averages[lane, r * plan.stride : (r + 1) * plan.stride, :] = tile
 
     staggered(range(plan.rows), (products, gradients, outputs), LAG_POSITIONS)
 
@@ -360,7 +363,7 @@ def _r_gradients(
     lane = lax.broadcasted_iota(jnp.int32, (1, plan.pack * columns), 1)
 
     def gradient_of(block: int) -> Any:
-        tile = averages[:, block // plan.words, :]  # [rows, width]
+        tile = gather(plan, averages, block)  # [rows, width]
         if not plan.narrow:
             return tile
         tile = tile & jnp.uint32(0xFFFF0000) if block % 2 else tile << 16

@@ -27,9 +27,10 @@ from jaxtyping import Array, Bool, Float
 
 from ..block_sizes import BlockSizes
 from ..numerics import MASKED, precision
-from ..tpu.call import interpreting, launch, slow_path_wanted
+from ..tpu.call import launch, slow_path_wanted
 from . import plan as planning
 from .plan import Plan, up
+from .positions import at_position, by_position, clear_padding, scatter, words
 from .staggered import staggered
 
 KERNEL = "tiled"
@@ -94,7 +95,7 @@ def _run(plan: Plan, q: Any, k: Any, v: Any, keys: Any, *, scale: float, safe: b
     moved += groups * plan.query_steps * rows * m * (plan.out_width * dtype.itemsize + 4)
     wide = jnp.float32
     scratch = [
-        pltpu.VMEM((rows, plan.pairs // plan.words, plan.width), word),  # l [aL | Y] by position
+        pltpu.VMEM(by_position(plan), word),  # l [aL | Y] by position
         pltpu.VMEM((rows, plan.pairs), wide),  # l
         pltpu.VMEM((rows, plan.pairs), wide),  # log2e scale / l
         pltpu.VMEM((rows, m, plan.out_width), wide),  # out, not divided
@@ -161,22 +162,6 @@ def dot_t(x: Any, y: Any) -> Any:
     )  # fmt: skip
 
 
-def words(x: Any, y: Any) -> Any:
-    """Two float32 tiles as bfloat16, x in the low and y in the high half of each word."""
-    if not interpreting():
-        return pltpu.pack_elementwise([x, y], packed_dtype=jnp.bfloat16)
-    low, high = (
-        lax.bitcast_convert_type(t.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-        for t in (x, y)
-    )
-    return low | (high << 16)
-
-
-def rows_of(tile: Any, plan: Plan) -> Any:
-    """A tile of scratch words as rows in the arrays' dtype, two blocks out of each word."""
-    return pltpu.bitcast(tile, plan.dtype) if plan.narrow else tile
-
-
 def diagonal(kv: Any, pack: int, depth: int) -> Any:
     """`depth` lanes of a pack's blocks on the diagonal of a `[pack*columns, pack*depth]` matrix."""
     if pack == 1:
@@ -221,11 +206,10 @@ def _body(*refs: Any, plan: Plan, scale: float, safe: bool, masked: bool) -> Non
     def _():
         def clear(i, _):
             acc[i] = jnp.zeros(acc.shape[1:], acc.dtype)
-            if plan.pairs > plan.keys * plan.blocks:
-                averages[i] = jnp.zeros(averages.shape[1:], averages.dtype)
             return 0
 
         lax.fori_loop(0, plan.rows, clear, 0)
+        clear_padding(plan, averages)
         for ref in (total, part, bad, sums):
             ref[...] = jnp.zeros(ref.shape, ref.dtype)
         if safe:
@@ -295,7 +279,7 @@ def _r_steps(
         while len(waiting) >= plan.words:
             ready = [waiting.pop(0) for _ in range(plan.words)]
             tile = words(ready[0][1], ready[1][1]) if plan.narrow else ready[0][1]
-            averages[:, ready[0][0] // plan.words, :] = tile
+            scatter(plan, averages, ready[0][0], tile)
 
     items = [(f, c) for f in range(plan.keys) for c in range(plan.packs)]
     staggered(items, (scores, exponentials, products), LAG_ROWS)
@@ -308,7 +292,7 @@ def _l_steps(
     own = own_blocks(plan, plan.m)
 
     def products(r: int, _: Any) -> Any:
-        return dot_t(q_positions[0, 0, r], rows_of(averages[r, :, : plan.depth], plan))
+        return dot_t(q_positions[0, 0, r], at_position(plan, averages, r, 0, plan.depth))
 
     def exponentials(r: int, x: Any) -> Any:
         tangent = jnp.where(own, x, 0.0).sum(0, keepdims=True)  # [1, pairs]
@@ -318,7 +302,7 @@ def _l_steps(
         return p.astype(plan.dtype)
 
     def outputs(r: int, p: Any) -> None:
-        acc[r] += dot(p, rows_of(averages[r, :, plan.value_at :], plan))  # [m, out_width]
+        acc[r] += dot(p, at_position(plan, averages, r, plan.value_at))  # [m, out_width]
 
     staggered(range(plan.rows), (products, exponentials, outputs), LAG_POSITIONS)
 
@@ -339,7 +323,7 @@ def _l_steps_safely(
     own = own_blocks(plan, plan.m)
     for r in range(plan.rows):
         a, column = r // plan.b, slice(r % plan.b, r % plan.b + 1)
-        x = dot_t(q_positions[0, 0, r], rows_of(averages[r, :, : plan.depth], plan))
+        x = dot_t(q_positions[0, 0, r], at_position(plan, averages, r, 0, plan.depth))
         tangent = jnp.where(own, x, 0.0).sum(0, keepdims=True)
         x = (x - tangent) * gains[r : r + 1] + r_tops[r : r + 1]  # F - log2 l
         x = jnp.where(some, x, MASKED)
@@ -351,7 +335,7 @@ def _l_steps_safely(
         total[a, :, column] = total[a, :, column] * fade + (p * sums[r : r + 1]).sum(
             -1, keepdims=True
         )
-        values = rows_of(averages[r, :, plan.value_at :], plan)
+        values = at_position(plan, averages, r, plan.value_at)
         acc[r] = acc[r] * fade + dot(p.astype(plan.dtype), values)
 
 
