@@ -19,7 +19,7 @@ SIZES = [
     (1, 3, 14, 20, 64, 64, None),
     (2, 21, 21, 36, 128, 64, 16),
     (1, 46, 46, 16, 64, 64, None),
-    (1, 70, 81, 6, 128, 128, None),
+    pytest.param((1, 70, 81, 6, 128, 128, None), marks=pytest.mark.slow),
 ]
 DTYPES = ["float32", "bfloat16"]
 
