@@ -7,7 +7,6 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from pallas.attention_inputs import arrays
 from tolerances import assert_close
-
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.l_step import reference
 from vmonarch_jax.pallas_kernels.l_step.tpu_backward import last_backward, middle_backward
