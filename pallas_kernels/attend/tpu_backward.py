@@ -318,15 +318,15 @@ def _launch_rows(plan, name, part, partial, arrays, sizes) -> list[Array]:
 
 def _kernel(plan: _Plan, *refs: Any) -> None:
     """One grid step: `group_block` groups of `rows` rows against `keys` keys."""
-    refs = list(refs)
-    take = lambda count: [refs.pop(0) for _ in range(count)]  # noqa: E731
+    left = iter(refs)
+    take = lambda count: [next(left) for _ in range(count)]  # noqa: E731
     count = len(plan.widths)
     values = count - plan.shared
     (q,), outs, douts, (lines,) = take(1), take(count), take(count), take(1)
     keys, bias = take(1 + values), take(int(plan.biased))
     (dq,), targets, dbias = take(1), take(1 + values), take(int(plan.biased))
     sums = take((1 + values) * plan.summed)
-    waiting = refs[0] if plan.key_blocks > 1 else None
+    waiting = next(left) if plan.key_blocks > 1 else None
     j, step = pl.program_id(1), pl.program_id(2)
 
     if plan.row_blocks > 1:
