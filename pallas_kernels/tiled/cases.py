@@ -28,9 +28,17 @@ def _forward(block_sizes: BlockSizes):
 
 
 def _backward(block_sizes: BlockSizes):
-    def function(*arrays: jax.Array):
+    def function(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        out: jax.Array,
+        lse: jax.Array,
+        dout: jax.Array,
+        dlse: jax.Array,
+    ):
         return tpu_backward.backward(
-            *arrays[:3], None, *arrays[3:],
+            q, k, v, None, out, lse, dout, dlse,
             scale=DIM**-0.5, entropy_gradient=True, block_sizes=block_sizes,
         )  # fmt: skip
 

@@ -36,7 +36,8 @@ def _tiled(scale, entropy_gradient, block_sizes, q, k, v, keys):
 
 
 def _forward(scale, entropy_gradient, block_sizes, q, k, v, keys):
-    out, lse = _tiled(scale, entropy_gradient, block_sizes, q, k, v, keys)
+    part: Any = _tiled(scale, entropy_gradient, block_sizes, q, k, v, keys)
+    out, lse = part
     return (out, lse), (q, k, v, keys, out, lse)
 
 

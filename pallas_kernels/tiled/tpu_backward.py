@@ -33,7 +33,7 @@ from .staggered import staggered
 from .tpu_forward import LOG2E, diagonal, dot, dot_t, key_masks, own_blocks
 
 KERNEL = "tiled_backward"
-LAG_ROWS, LAG_POSITIONS, LAG_GRADIENTS = 1, 2, 1
+LAG_ROWS, LAG_POSITIONS, LAG_GRADIENTS = 2, 4, 2
 
 
 def backward(
@@ -263,7 +263,7 @@ def _r_steps(
     def softmax(item: tuple[int, int], x: Any) -> Any:
         f, c = item
         masks = plain if lines is None else key_masks(plan, lines[0, f, c])
-        found, whole = [], None
+        found, whole = [], jnp.zeros((), jnp.float32)
         for r, mask in enumerate(masks):
             lane = _first_lane(plan, item) + r
             top = (x if mask is None else jnp.where(mask, x, MASKED)).max(-1, keepdims=True)
@@ -273,9 +273,9 @@ def _r_steps(
             tops[:, lane : lane + 1] = top
             sums[:, lane : lane + 1] = l
             p = p * (1.0 / jnp.maximum(l, 0.5))  # l is at least 1, or 0 without keys
-            whole = p if whole is None else whole + p
+            whole = whole + p
             found.append(p.astype(plan.dtype))
-        weights[f * plan.packs + c] = found[0] if plan.pack == 1 else whole.astype(plan.dtype)
+        weights[f * plan.packs + c] = whole.astype(plan.dtype)
         return found
 
     waiting: list[tuple[int, Any]] = []

@@ -255,7 +255,7 @@ def _r_steps(
 
     def exponentials(item: tuple[int, int], x: Any) -> Any:
         f, c = item
-        shared = jnp.exp2(x) if tops is None else None
+        shared: Any = jnp.exp2(x) if tops is None else None
         found = []
         for r, mask in enumerate(masks(f, c)):
             lane = f * plan.blocks + c * plan.pack + r
