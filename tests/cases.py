@@ -18,11 +18,12 @@ from compiling import jit
 import vmonarch_jax as vm
 
 # Later implementations join here. One that cannot do a call on this machine is skipped, with why.
-# The last is "xla" with chunks so small that even these sizes need many, not all of them full.
+# "xla-chunked" is "xla" with chunks so small that even these sizes need many, not all of them full.
 IMPLEMENTATIONS = {
     "reference": {"implementation": "reference"},
     "xla": {"implementation": "xla"},
     "xla-chunked": {"implementation": "xla", "block_sizes": vm.BlockSizes(xla_scores=200)},
+    "pallas_tpu": {"implementation": "pallas_tpu"},  # interpreted: see `tpu_interpreted`
 }
 
 

@@ -56,6 +56,7 @@ FEW = [
     make("vmonarch", 5, 2, 2, block=(2, 2, 2), steps=3),
     make("tiled", 3, 3, 4, tile=(2, 2, 2), block=(1, 1, 2), steps=2),
 ]
+pytestmark = pytest.mark.usefixtures("tpu_interpreted")
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 

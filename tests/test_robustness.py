@@ -20,6 +20,7 @@ CASES = {
     ),
     "tiled": make("tiled", 4, 2, 3, tile=(2, 2, 2), block=(1, 1, 2), steps=2),
 }
+pytestmark = pytest.mark.usefixtures("tpu_interpreted")
 over_all = pytest.mark.parametrize(
     ("case", "implementation"),
     [(c, i) for c in CASES for i in IMPLEMENTATIONS],

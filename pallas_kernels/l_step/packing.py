@@ -77,15 +77,23 @@ class Packing:
         return range(whole, self.padded(frames) - frames + whole)
 
 
+def packs(rows: int, keys: int) -> bool:
+    """Whether `rows` and `keys` frames have a packing: 1 to 128 of each, at least 8 or all few."""
+    return max(rows, keys) <= LANES and (max(rows, keys) <= STEP or min(rows, keys) >= STEP)
+
+
 def packing(rows: int, keys: int, dtype: Any) -> Packing:
     """The packing for `rows` and `keys` frames, 1 to 128 of each, at least 8 or all few.
 
     Raises:
-        NotImplementedError: if a product would be taller than 128 rows.
+        NotImplementedError: if there is none (see `packs`).
     """
     most = max(rows, keys)
-    if most > LANES:
-        raise NotImplementedError(f"packed products take up to {LANES} frames, got {most}")
+    if not packs(rows, keys):
+        raise NotImplementedError(
+            f"packed products take up to {LANES} frames, and {STEP} or more of both rows and keys "
+            f"unless all are few, got {rows} rows and {keys} keys"
+        )
     pair = 4 // jnp.dtype(dtype).itemsize
     if most <= STEP:
         return Packing(rows, keys, 1, 2 ** ((LANES // most).bit_length() - 1), slab=True)

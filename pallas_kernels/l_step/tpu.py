@@ -1,7 +1,7 @@
 """The L step on a TPU: a small attention at every position, with its gradient by kernels too.
 
 Up to 128 frames a position's scores are made at once, several positions in one product
-(`tpu_forward.py`). Beyond, the arrays are turned to `[positions, frames, d]`: `last` is then plain
+(`tpu_forward.py`). Beyond, and where rows and key blocks are too unlike to pack, the arrays are turned to `[positions, frames, d]`: `last` is then plain
 attention with `-cL` as its bias. `middle` is two attentions: one of the rows to the key blocks for
 their log-sum-exp, and one of the key blocks to the rows, with its negative as bias,
 
@@ -21,7 +21,7 @@ from ..block_sizes import BlockSizes
 from ..numerics import MASKED, TINY_MASS
 from ..tpu.mode import available
 from . import tpu_forward
-from .packing import LANES
+from .packing import packs
 
 
 def last(
@@ -72,7 +72,7 @@ def position_attention(
     """
     _check(q, k, *values)
     gains = gains or (1.0,) * len(values)
-    if max(q.shape[1], k.shape[1]) > LANES:
+    if not packs(q.shape[1], k.shape[1]):
         return _long_attention(q, k, values, scale, gains, shift, key_blocks, block_sizes)
     shared = bool(values) and values[0] is k
     settings = (float(scale), tuple(gains), shared, block_sizes)
@@ -99,7 +99,7 @@ def middle(
         NotImplementedError: for a dtype or a size that the kernels cannot serve.
     """
     _check(q, al)
-    if max(q.shape[1], al.shape[1]) > LANES:
+    if not packs(q.shape[1], al.shape[1]):
         return _long_middle(q, al, cl, floor, queries, key_blocks, block_sizes)
     return _middle((max(floor, TINY_MASS), block_sizes), q, al, cl, queries, key_blocks)
 

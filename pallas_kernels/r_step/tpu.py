@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from ..attend.tpu import finite, masked_bias
 from ..attend.tpu_forward import softmax_rows
 from ..block_sizes import BlockSizes
+from ..l_step.packing import packs
 from ..l_step.tpu import position_attention
 from .step import RStep
 
@@ -38,7 +39,7 @@ def r_step(
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve.
     """
-    if max(qt.shape[2], k.shape[2]) <= SHORT:
+    if max(qt.shape[2], k.shape[2]) <= SHORT and packs(qt.shape[2], k.shape[2]):
         return _short(qt, k, values, scale, keys, entropy_gradient, block_sizes)
     known = jax.lax.stop_gradient(known)
     statics = (float(scale), entropy_gradient, block_sizes)
