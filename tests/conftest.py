@@ -1,7 +1,6 @@
 """Fixtures of all tests."""
 
 import pytest
-
 from vmonarch_jax.pallas_kernels.tpu.mode import interpreted
 
 

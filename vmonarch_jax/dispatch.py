@@ -49,10 +49,12 @@ def _pallas_tpu() -> Backend:
     from vmonarch_jax.pallas_kernels.attend import tpu as attend
     from vmonarch_jax.pallas_kernels.l_step import tpu as l_step
     from vmonarch_jax.pallas_kernels.r_step import tpu as r_step
+    from vmonarch_jax.pallas_kernels.tiled import tpu as tiled
 
     return Backend(
-        "pallas_tpu", attend.attend, r_step.r_step, l_step.middle, l_step.last, keeps=True
-    )
+        "pallas_tpu", attend.attend, r_step.r_step, l_step.middle, l_step.last,
+        tiled=tiled.tiled, keeps=True,
+    )  # fmt: skip
 
 
 REFERENCE = Backend(

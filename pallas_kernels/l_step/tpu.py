@@ -1,8 +1,9 @@
 """The L step on a TPU: a small attention at every position, with its gradient by kernels too.
 
 Up to 128 frames a position's scores are made at once, several positions in one product
-(`tpu_forward.py`). Beyond, and where rows and key blocks are too unlike to pack, the arrays are turned to `[positions, frames, d]`: `last` is then plain
-attention with `-cL` as its bias. `middle` is two attentions: one of the rows to the key blocks for
+(`tpu_forward.py`). Beyond, and where rows and key blocks are too unlike to pack, the arrays are
+turned to `[positions, frames, d]`: `last` is then plain attention with `-cL` as its bias, and
+`middle` is two attentions: one of the rows to the key blocks for
 their log-sum-exp, and one of the key blocks to the rows, with its negative as bias,
 
     lse[l] = logsumexp_k F ;  mean[k], w[k] = attention of aL[k] to q with bias -lse[l]
