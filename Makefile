@@ -5,6 +5,7 @@ SHELL := /bin/sh
 PYTHON ?=
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
+VENV_AOT ?= .venv-aot
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -13,7 +14,7 @@ TEST_ENV := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
 PYTEST := -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-slow lint format setup clean
+.PHONY: help demo test test-newest test-slow aot lint format setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -39,6 +40,12 @@ test-newest: ## the fast tests on the newest JAX, under the newest Python here
 	$(VENV_NEWEST)/bin/python -c "import jax, sys; print('JAX', jax.__version__, 'on Python', sys.version.split()[0])" && \
 	$(TEST_ENV) $(VENV_NEWEST)/bin/python $(PYTEST)
 
+# libtpu has an environment of its own: where it is installed, JAX looks for a TPU at every start.
+aot: ## the TPU kernels through the real TPU compiler, no TPU needed; AOT=part: one shape of each
+	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
+	"$$python" scripts/setup_env.py "$(VENV_AOT)" dev,aot
+	JAX_PLATFORMS=cpu AOT=$${AOT:-full} $(VENV_AOT)/bin/python -m pytest -q -n $(JOBS) tests/aot $(PYTEST_ARGS)
+
 lint: setup ## ruff and pyright
 	$(RUN)/ruff check
 	$(RUN)/ruff format --check
@@ -53,5 +60,5 @@ setup: ## the environment in .venv, made or renewed only where needed
 	"$$python" scripts/setup_env.py "$(VENV)"
 
 clean: ## remove everything that was made here: environments, outputs, caches
-	rm -rf .venv .venv.lock .venv-newest .venv-newest.lock .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv.lock .venv-newest .venv-newest.lock .venv-aot .venv-aot.lock .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find vmonarch_jax pallas_kernels models tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

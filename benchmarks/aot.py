@@ -152,8 +152,10 @@ def _jumps(paths: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
                     parts.append((here + _DELAY, there))
                 else:
                     loops.append((there, here + _DELAY))
-    step = max(parts, key=lambda part: part[1] - part[0], default=None)
     grid = max(loops, key=lambda loop: loop[1] - loop[0], default=None)
+    # Where two cores share a chip a jump may leave out all of the grid's loop; that is no step.
+    in_grid = [p for p in parts if grid is None or (grid[0] <= p[0] and p[1] <= grid[1])]
+    step = max(in_grid, key=lambda part: part[1] - part[0], default=None)
     inner = [p for p in parts if step and step[0] <= p[0] and p[1] <= step[1] and p != step]
     outermost = [
         p for p in inner if not any(q[0] <= p[0] and p[1] <= q[1] and p != q for q in inner)

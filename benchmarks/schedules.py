@@ -171,6 +171,7 @@ class Whole:
         cycles: the bounds of the kernels and the time of `around`, added up.
         temporary: bytes of temporaries at the largest, over all heads compiled for.
         query: bytes of q, over the same heads.
+        hlo: the compiled program.
     """
 
     kernels: list[Measured]
@@ -179,6 +180,7 @@ class Whole:
     cycles: int
     temporary: int
     query: int
+    hlo: str = dataclasses.field(repr=False)
 
 
 def whole(
@@ -228,4 +230,5 @@ def whole(
         cycles=round(cycles),
         temporary=result.memory.temp_size_in_bytes,
         query=math.prod(shape) * 2,
+        hlo=result.hlo,
     )

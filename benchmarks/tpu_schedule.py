@@ -137,7 +137,9 @@ def whole(compiler: Compiler, method: Any, grid: tuple, backward: bool, tokens_m
         return method(q, k, v, grid=grid, implementation="pallas_tpu")
 
     measured = schedules.whole(compiler, call, grid, backward=backward, tokens_major=tokens_major)
-    return dataclasses.asdict(measured)
+    entry = dataclasses.asdict(measured)
+    del entry["hlo"]
+    return entry
 
 
 def attempt(chip: str, part: str, name: str, job: Any) -> int:

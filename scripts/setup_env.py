@@ -1,4 +1,4 @@
-"""Make or renew a virtual environment with the project in it: `python setup_env.py .venv`.
+"""Make or renew a virtual environment with the project in it: `python setup_env.py .venv [extras]`.
 
 Standard library only. The environment counts as ready when the stamp in it holds the digest of
 what it was made from; the stamp goes first and comes back last, so that an interrupted run leaves
@@ -38,11 +38,11 @@ NO_NETWORK = (
 SHOWN = ("Collecting", "Building", "Installing", "ERROR", "error")
 
 
-def digest(constraints: Path | None) -> str:
+def digest(constraints: Path | None, extras: str) -> str:
     """What the environment is made from, as one string."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     built_from = project["build-system"], project["project"]
-    state = hashlib.sha256(repr((sys.version, sys.executable, ROOT, EXTRAS, built_from)).encode())
+    state = hashlib.sha256(repr((sys.version, sys.executable, ROOT, extras, built_from)).encode())
     for file in (ROOT / "setup.py", Path(__file__), constraints):
         if file:
             state.update(file.read_bytes())
@@ -97,13 +97,13 @@ def alone(venv: Path) -> Iterator[None]:
         yield
 
 
-def main(venv: Path) -> str | None:
+def main(venv: Path, extras: str) -> str | None:
     """Returns None, or why there is no environment."""
     stamp, mark, log = venv / ".ready", venv / ".made-by-setup-env", venv / "setup.log"
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     constraints = ROOT / "constraints" / f"py{version.replace('.', '')}.txt"
     pins = constraints if constraints.exists() else None
-    wanted = digest(pins)
+    wanted = digest(pins, extras)
     if stamp.exists() and stamp.read_text() == wanted:
         stamp.touch()
         return None
@@ -131,7 +131,7 @@ def main(venv: Path) -> str | None:
         print(f"  no tested versions for Python {version}: taking the newest that fit", flush=True)
     # The build tools come first, so that they too are the tested ones.
     builds = [*pip, "setuptools>=77", "wheel"]
-    project = [*pip, "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS}]"]
+    project = [*pip, "--no-build-isolation", "-e", f"{ROOT}[{extras}]"]
     if not (run(builds, log) and run(project, log)):
         return f"The packages could not be installed (log: {log}).\n{explain(log)}"
     stamp.write_text(wanted)
@@ -140,13 +140,13 @@ def main(venv: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: setup_env.py FOLDER")
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: setup_env.py FOLDER [EXTRAS]")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         folder = Path(sys.argv[1]).resolve()
         with alone(folder):
-            problem = main(folder)
+            problem = main(folder, sys.argv[2] if len(sys.argv) == 3 else EXTRAS)
     except KeyboardInterrupt:
         problem = "interrupted; the next run starts anew"
     sys.exit(f"\nsetup: {problem}" if problem else 0)
