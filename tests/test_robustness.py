@@ -222,10 +222,14 @@ def test_nan_in_nan_out(case, implementation, which, bad):
     clean = run(case, implementation, arrays)
     arrays[which] = arrays[which].at[0, 13, 1].set(bad)
     out, lse, _ = run(case, implementation, arrays)
-    # The other batch element and the other head never hear of it.
+    # The other batch element and the other head never hear of it. (A TPU kernel takes its careful
+    # path for all that shares a grid step with a bad number, and rounds differently there.)
     for got, want in ((out, clean[0]), (lse, clean[1])):
-        np.testing.assert_array_equal(got[1], want[1])
-        np.testing.assert_array_equal(got[:, :, 0], want[:, :, 0])
+        for mine, others in ((got[1], want[1]), (got[:, :, 0], want[:, :, 0])):
+            if implementation == "pallas_tpu":
+                assert_close(mine, others, "float32", "forward")
+            else:
+                np.testing.assert_array_equal(mine, others)
     if bad is not np.nan:
         return  # no crash is all that infinities are owed
     if which == 0:

@@ -186,7 +186,8 @@ def _long_middle(q, al, cl, floor, queries, key_blocks, block_sizes):
     (mean,), total = _long_attention(
         al, q, (q,), 1.0, (1.0,), jnp.where(some, lse, 0.0), some, block_sizes
     )
-    mass = jnp.exp(total - cl)  # cR
+    # No more than every row's whole attention: the two passes round huge logits differently.
+    mass = jnp.exp(jnp.minimum(total - cl, jnp.log(float(q.shape[1]))))  # cR
     share = mass / jnp.maximum(mass, max(floor, TINY_MASS))
     if key_blocks is not None:
         share = jnp.where(key_blocks[..., None], share, 0.0)
