@@ -81,11 +81,13 @@ def write(record: dict[str, Any]) -> None:
     REPORT.write_text("\n".join(parts).rstrip() + "\n")
 
 
-def dense(chip: Chip, grid: str, gradients: bool) -> tuple[str, float] | None:
+def dense(
+    chip: Chip, grid: str, gradients: bool, libraries: tuple[str, ...] = ("splash", "tokamax")
+) -> tuple[str, float] | None:
     """The fastest dense attention recorded, and its cycles."""
     tokens = math.prod(int(n) for n in grid.split("x"))
     found = []
-    for library in ("splash", "tokamax"):
+    for library in libraries:
         forward = splash.best(chip, f"{library} forward", tokens)
         if forward is None:
             continue
@@ -104,7 +106,7 @@ def speedups(record: dict[str, Any], method: str, passes: str) -> str:
     """One row a chip and grid."""
     header = [
         "chip", "grid", "dense, cycles", "by", f"{method}, cycles", "speedup", "FLOP ratio",
-        "of it", "asked",
+        "of it", "asked", "vs splash",
     ]  # fmt: skip
     tokens = passes == "forward" and method == "VMonarch"
     if tokens:
@@ -122,6 +124,8 @@ def speedups(record: dict[str, Any], method: str, passes: str) -> str:
             row = [chip.name, grid, f"{other[1]:,.0f}", other[0], f"{entry['cycles']:,}"]
             row += [f"{speedup:.2f}x", f"{ideal:.2f}", f"{speedup / ideal:.2f}"]
             row.append(asked(method, passes, chip.name, grid, ideal))
+            jax_splash = dense(chip, grid, passes != "forward", ("splash",))
+            row.append(f"{jax_splash[1] / entry['cycles']:.2f}x" if jax_splash else "")
             if tokens:
                 major = entries.get(f"{method} {grid} forward, token-major")
                 row.append(f"{other[1] / major['cycles']:.2f}x" if major else "")
