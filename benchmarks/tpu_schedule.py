@@ -14,6 +14,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     flags.add_argument("--methods", nargs="*", default=["VMonarch", "TiledMonarch"])
     flags.add_argument("--kernels", action="store_true", help="the kernels only, not whole calls")
     flags.add_argument("--whole", action="store_true", help="whole calls only, not the kernels")
-    flags.add_argument("--only", default="", help="kernels whose name contains this")
+    flags.add_argument("--only", default="", help="kernels whose name matches this")
     flags.add_argument("--report", action="store_true", help="compile nothing")
     flags.add_argument("--jobs", type=int, default=2, help="chips at a time")
     flags.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -87,7 +88,7 @@ def work(args: argparse.Namespace) -> None:
     problems = 0
     if not args.whole:
         for case in schedules.cases():
-            if args.only in case.kernel and grid_of(case) in ("", *args.shapes):
+            if re.search(args.only, case.kernel) and grid_of(case) in ("", *args.shapes):
                 problems += attempt(
                     chip, "kernels", schedules.key(case), lambda case=case: kernel(compiler, case)
                 )

@@ -1,7 +1,7 @@
 """Block sizes for the TPU kernels: compiles the candidates and records the fastest.
 
     python -m benchmarks.tune_tpu                             # what the table lacks, on all chips
-    python -m benchmarks.tune_tpu --chips v6e --only r_step --again
+    python -m benchmarks.tune_tpu --chips v6e --only 'r_step$' --again
 
 Needs libtpu (`pip install -e .[aot]`), not a TPU. For each case of each room every candidate is
 compiled, and the least `max(cycles, bytes / bandwidth)` goes into `pallas_kernels/tpu/table.json`,
@@ -12,6 +12,7 @@ it whenever you like, and start it again.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     """One process a chip, two at a time."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     flags.add_argument("--chips", nargs="*", default=list(CHIPS), choices=list(CHIPS))
-    flags.add_argument("--only", default="", help="kernels whose name contains this")
+    flags.add_argument("--only", default="", help="kernels whose name matches this")
     flags.add_argument("--again", action="store_true", help="also what the table has")
     flags.add_argument("--jobs", type=int, default=2, help="chips at a time")
     flags.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -65,7 +66,7 @@ def tune(chip: str, only: str, again: bool) -> None:
     todo = [
         case
         for case in schedules.cases()
-        if only in case.kernel and (again or not recorded(chip, case))
+        if re.search(only, case.kernel) and (again or not recorded(chip, case))
     ]
     start = time.monotonic()
     for number, case in enumerate(todo):
