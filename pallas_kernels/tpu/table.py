@@ -18,17 +18,17 @@ def entries() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def nearest(kernel: str, shape: dict[str, int], dtype: Any) -> dict[str, Any] | None:
-    """The recorded entry whose shape is nearest in ratio; `None` if the kernel has none.
+    """The recorded entry of this dtype whose shape is nearest in ratio; `None` if there is none.
 
-    An entry for the same dtype goes before one for another.
+    Entries of another dtype do not count: a float32 product takes six passes, so blocks that are
+    best in bfloat16 make its bodies far too long.
     """
     known = entries().get(chips.current().name, {}).get(kernel, [])
 
-    def distance(entry: dict[str, Any]) -> tuple[bool, float]:
-        apart = sum(abs(math.log(entry["shape"].get(n, 1) / size)) for n, size in shape.items())
-        return entry["dtype"] != str(dtype), apart
+    def distance(entry: dict[str, Any]) -> float:
+        return sum(abs(math.log(entry["shape"].get(n, 1) / size)) for n, size in shape.items())
 
-    return min(known, key=distance, default=None)
+    return min((e for e in known if e["dtype"] == str(dtype)), key=distance, default=None)
 
 
 def choose(
