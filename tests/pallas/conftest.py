@@ -1,4 +1,4 @@
-"""Which tests of the TPU kernels are slow: the interpreter unrolls long bodies before it runs them."""
+"""Which tests of the TPU kernels are slow: long bodies take the interpreter long to compile."""
 
 import pytest
 
