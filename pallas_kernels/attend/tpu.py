@@ -66,7 +66,8 @@ def _attend(scale, gains, block_sizes, q, k, values, bias, known):
 
 
 def _forward(scale, gains, block_sizes, q, k, values, bias, known):
-    outs, lse = _attend(scale, gains, block_sizes, q, k, values, bias, known)
+    part: Any = _attend(scale, gains, block_sizes, q, k, values, bias, known)
+    outs, lse = part
     return (outs, lse), (q, k, values, bias, outs, lse, known is not None)
 
 

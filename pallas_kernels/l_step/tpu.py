@@ -134,7 +134,8 @@ def _attention(settings, q, k, values, shift, key_blocks):
 
 
 def _attention_forward(settings, q, k, values, shift, key_blocks):
-    outs, lse = _attention(settings, q, k, values, shift, key_blocks)
+    part: Any = _attention(settings, q, k, values, shift, key_blocks)
+    outs, lse = part
     return (outs, lse), (q, k, values, shift, key_blocks, lse)
 
 

@@ -106,7 +106,7 @@ def last_backward(
     q, k, bias, lse, offset, *rest = _fitted(
         q.dtype, m, keys, q, k, bias, lse, offset, *values, *douts
     )
-    values, douts = rest[: len(widths)], rest[len(widths) :]
+    values, douts = rest[: len(widths)], rest[len(widths) :]  # pyright: ignore[reportAssignmentType]
     lse = lse.at[:, m:].set(NOTHING).at[:, :, n:].set(NOTHING)
     bias = bias.at[:, keys:].set(MASKED)
     plan = _plan("l_step_last_backward", q, k, widths, block_sizes)
@@ -305,7 +305,7 @@ def _last_kernel(plan: _Plan, q_ref: Any, k_ref: Any, *refs: Any) -> None:
         refs[-2 - count - plan.want_shift :],
     )
     bias_ref, lse_ref, *offset_ref = lines
-    dq_ref, dk_ref, *refs = refs
+    dq_ref, dk_ref, *refs = refs  # pyright: ignore[reportAssignmentType]
     dvalue_refs, dshift_ref = refs[:count], refs[count:]
     tall, wide = pack.height(pack.keys), pack.height(pack.rows)
     columns = _columns(bias_ref[0, 0])  # [LANES, products]
@@ -366,7 +366,7 @@ def _last_kernel(plan: _Plan, q_ref: Any, k_ref: Any, *refs: Any) -> None:
 def _middle_kernel(plan: _Plan, q_ref: Any, al_ref: Any, dqt_ref: Any, *refs: Any) -> None:
     """One grid step of `middle`: queries are the rows of a product, keys its columns."""
     pack = plan.packing
-    bias_ref, *refs = refs
+    bias_ref, *refs = refs  # pyright: ignore[reportAssignmentType]
     weight_ref, refs = refs[: plan.weighed], refs[plan.weighed :]
     dq_ref, dal_ref, *dcl_ref = refs
     tall, wide = pack.height(pack.rows), pack.height(pack.keys)

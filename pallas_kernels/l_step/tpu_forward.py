@@ -95,7 +95,7 @@ def last(
         NotImplementedError: if the frames are too many for a product.
     """
     m, n = q.shape[1], q.shape[2]
-    q, k, shift, *values = _fitted(q, k, shift, *values)
+    q, k, shift, *values = _fitted(q, k, shift, *values)  # pyright: ignore[reportAssignmentType]
     widths = ((k.shape[-1],) if shared else ()) + tuple(v.shape[-1] for v in values)
     plan, steps = _plan("l_step_last", q, k, sum(widths), block_sizes)
     plan = dataclasses.replace(plan, scale=scale, gains=gains, shared=shared)
@@ -188,7 +188,7 @@ def _fitted(q: Array, *others: Array | None) -> list[Any]:
     Only odd sizes are copied: a grid of 21x30x52, say, is left as it is.
     """
     m, n = q.shape[1], q.shape[2]
-    keys = others[0].shape[1]
+    keys = others[0].shape[1]  # pyright: ignore[reportOptionalMemberAccess]
     unit = packing(m, keys, q.dtype).group
     unit = max(unit, 16) if n < 16 else unit
     more_n = -n % unit

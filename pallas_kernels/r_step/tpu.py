@@ -43,7 +43,7 @@ def r_step(
         return _short(qt, k, values, scale, keys, entropy_gradient, block_sizes)
     known = jax.lax.stop_gradient(known)
     statics = (float(scale), entropy_gradient, block_sizes)
-    step = _r_step(*statics, qt, k, tuple(values), masked_bias(None, keys), known)
+    step: Any = _r_step(*statics, qt, k, tuple(values), masked_bias(None, keys), known)
     return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
 
 
@@ -128,5 +128,5 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _whole(x: Array, lead: tuple[int, int]) -> Array:
+def _whole(x: Any, lead: tuple[int, int]) -> Array:
     return x.reshape(*lead, *x.shape[1:])

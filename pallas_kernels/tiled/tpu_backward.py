@@ -202,7 +202,7 @@ def _count(shape: tuple[int, ...]) -> int:
 def _body(*refs: Any, plan: Plan, scale: float, entropy_gradient: bool, masked: bool) -> None:
     q_rows, paired, lse, delta, kv, there, *refs = refs  # pyright: ignore[reportAssignmentType]
     lines, refs = (refs[0], refs[1:]) if masked else (None, refs)
-    rows_in, positions_in, rows_out, positions_out, dkv, *refs = refs
+    rows_in, positions_in, rows_out, positions_out, dkv, *refs = refs  # pyright: ignore[reportAssignmentType]
     averages, weights, sums, tops, entropies = refs
 
     @pl.when(pl.program_id(1) == 0)

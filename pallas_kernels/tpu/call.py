@@ -65,7 +65,8 @@ def launch(
         scratch_shapes=list(scratch),
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=tuple(semantics), vmem_limit_bytes=chips.current().vmem
+            dimension_semantics=tuple(semantics),  # pyright: ignore[reportArgumentType]
+            vmem_limit_bytes=chips.current().vmem,
         ),
         interpret=interpreting(),
         **more,

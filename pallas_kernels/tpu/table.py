@@ -13,7 +13,7 @@ from . import chips, mode
 @functools.cache
 def entries() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """The recorded table: by chip and kernel, a list of shapes with their best blocks."""
-    text = resources.files(__package__).joinpath("table.json").read_text()
+    text = resources.files(__package__ or "").joinpath("table.json").read_text()
     return json.loads(text)
 
 
