@@ -10,7 +10,7 @@ import jax
 CPU_SCORES = 2**18
 ACCELERATOR_SCORES = 2**26
 
-# A heads-major copy of q beyond this is made a few heads at a time.
+# A heads-major copy of q beyond this is made a tenth of the heads at a time.
 COPY_BYTES = 2**28
 
 
@@ -26,9 +26,9 @@ class BlockSizes:
         tpu_keys: keys that a TPU kernel holds in VMEM at a time, in tokens.
         tpu_positions: positions of a block that a TPU kernel's L step takes at a time.
         tpu_tiles: query tiles that the fused tiled kernel takes at a time.
-        copy_bytes: heads are computed a few at a time where a heads-major copy of one of the
-            inputs would be larger than this; `None` takes 256 MiB. Kernels that keep no scores
-            in memory go by it, "xla" by `xla_scores`.
+        copy_bytes: a tenth of the heads is computed at a time where a heads-major copy of one of
+            the inputs would be larger than this; `None` takes 256 MiB. Kernels that keep no
+            scores in memory go by it, "xla" by `xla_scores`.
 
     The TPU fields are wishes, rounded to what the chip can do; `None` takes the tuned table's.
 

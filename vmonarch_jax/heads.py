@@ -48,18 +48,18 @@ def by_heads(
 
 
 def _size_by_bytes(arrays: Any, block_sizes: BlockSizes) -> tuple[int, int]:
-    """All heads while their heads-major copies are small, else a few: `(entries, heads)`.
+    """`(entries, heads)` at a time: all of them while heads-major copies are small, else a few.
 
-    Each array is copied, and a method keeps about as many intermediate ones beside them.
+    Beside each copied array a method keeps several intermediate ones of its size, in the backward
+    pass about a dozen.
     """
     batch, _, heads, _ = arrays[0].shape
-    each = max(x.size * x.dtype.itemsize for x in arrays) // (batch * heads)
-    at_once = max(1, block_sizes.bytes() // each)
-    if at_once >= heads:
-        return _divisor(batch, at_once // heads), heads
-    # Heads lie in tiles of 8 in memory: whole tiles are cut out without shifting.
-    eights = [n for n in range(8, at_once + 1, 8) if heads % n == 0]
-    return 1, max(eights, default=_divisor(heads, at_once))
+    most = max(x.size * x.dtype.itemsize for x in arrays)
+    if most <= block_sizes.bytes():
+        return batch, heads
+    if most // batch <= block_sizes.bytes():
+        return _divisor(batch, block_sizes.bytes() * batch // most), heads
+    return 1, _divisor(heads, max(1, heads // 10))
 
 
 def _divisor(number: int, most: int) -> int:
