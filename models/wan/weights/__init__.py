@@ -1,0 +1,1 @@
+"""Weights of Wan models: reading, converting, saving."""
