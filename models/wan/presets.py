@@ -51,9 +51,12 @@ MODELS = {
     for config in (
         WanConfig("wan2.1-t2v-1.3B", _SMALL),
         WanConfig("wan2.1-t2v-14B", _LARGE, size=(1280, 720)),
-        WanConfig("wan2.1-i2v-14B-480P", _LARGE_IMAGE_CLIP, image=ImageConfig(), shift=3.0, steps=40),
         WanConfig(
-            "wan2.1-i2v-14B-720P", _LARGE_IMAGE_CLIP, image=ImageConfig(), steps=40, size=(1280, 720)
+            "wan2.1-i2v-14B-480P", _LARGE_IMAGE_CLIP, image=ImageConfig(), shift=3.0, steps=40,
+        ),
+        WanConfig(
+            "wan2.1-i2v-14B-720P", _LARGE_IMAGE_CLIP, image=ImageConfig(), steps=40,
+            size=(1280, 720),
         ),
         WanConfig(
             "wan2.2-t2v-A14B", _LARGE, boundary=0.875, guidance=4.0, guidance_low=3.0,
