@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ class Compiler:
 
         self.chip = CHIPS[chip]
         self._dump = tempfile.TemporaryDirectory(prefix="llo-")
+        self._hlo = tempfile.TemporaryDirectory(prefix="hlo-")
+        flags = f"--xla_dump_to={self._hlo.name} --xla_dump_hlo_module_re=jit_fresh"
         os.environ.update(
             JAX_PLATFORMS="cpu",
             TPU_SKIP_MDS_QUERY="1",
@@ -73,6 +76,7 @@ class Compiler:
             TPU_WORKER_HOSTNAMES="localhost",
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
             LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={self._dump.name} --xla_jf_dump_llo_text=true",
+            XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags} --xla_dump_hlo_as_text",
         )
         import jax
         from jax.experimental import topologies
@@ -89,8 +93,9 @@ class Compiler:
         from vmonarch_jax.pallas_kernels.tpu.call import recording
         from vmonarch_jax.pallas_kernels.tpu.chips import tracing_for
 
-        for path in glob.glob(f"{self._dump.name}/*"):
-            os.remove(path)
+        for folder in (self._dump.name, self._hlo.name):
+            shutil.rmtree(folder)
+            os.mkdir(folder)
 
         def placed(x: Any) -> Any:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
@@ -105,9 +110,19 @@ class Compiler:
         return Compiled(
             tuple(self._schedules()),
             tuple(launches),
-            compiled.as_text() or "",
+            self._text(compiled),
             compiled.memory_analysis(),
         )
+
+    def _text(self, compiled: Any) -> str:
+        """The compiled program; as libtpu wrote it where JAX is too old to read it."""
+        import jax
+
+        try:
+            return compiled.as_text() or ""
+        except jax.errors.JaxRuntimeError:
+            (path,) = glob.glob(f"{self._hlo.name}/*.jit_fresh.*after_optimizations.txt")
+            return Path(path).read_text()
 
     def _schedules(self) -> list[Schedule]:
         found = []

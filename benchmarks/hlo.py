@@ -13,10 +13,10 @@ WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5}
 # Operations that move nothing, or whose work is counted in what they call.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
-    "copy-done", "async-done", "async-update", "partition-id", "opt-barrier", "async-start",
-    "slice-done", "add-dependency",
+    "copy-done", "async-done", "partition-id", "opt-barrier", "slice-done", "add-dependency",
 }  # fmt: skip
 SLICES = {"slice", "dynamic-slice"}
+ASYNC = {"async-start", "async-update"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,10 @@ def _moved(line: _Line, lines: dict[str, _Line], computations: dict) -> int:
         return 0  # staged in VMEM for whoever uses it next, which is counted
     if line.kind == "copy" and _without_space(line.type) == _without_space(operands[0].type):
         return 0
+    if line.kind in ASYNC:
+        # A copy by a SparseCore; its type starts with what it reads and what it writes.
+        ends = re.findall(r"[a-z]+\d+\[[\d,]+\](?:\{[^}]*\})?", line.type)[:2]
+        return sum(map(size, ends)) if line.name.startswith("sparse-core") and operands else 0
     if line.kind in SLICES:
         return 2 * size(line.type)
     if line.kind == "dynamic-update-slice":
