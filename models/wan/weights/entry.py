@@ -13,7 +13,9 @@ class Entry:
     """One parameter, here and in the two key conventions.
 
     A stored tensor becomes ours by `stored.transpose(axes).reshape(shape)`; that of layer `n` has
-    `n` in place of `{}` in its key and is row `n` of our stacked parameter.
+    `n` in place of `{}` in its key and is row `n` of our stacked parameter. Where the original
+    convention differs in more than the key, `original_stored` and `piece` say so: its tensor is
+    cut into pieces along the first axis, and ours is reshaped to `stored`.
 
     Attributes:
       name: ours, as `split_params` gives it: `blocks.attn.q.kernel`.
@@ -25,6 +27,9 @@ class Entry:
       layers: number of layers that our parameter stacks in front, or 0: none.
       logical: a name of each of our axes (the layers' included), by which it is placed on a mesh:
         "layers", "embed" (residual stream), "heads", "head_dim", "mlp", or `None`.
+      original_stored: shape in the original convention where it is not `stored`; of one piece.
+      piece: which of how many equal pieces of the original's tensor is ours: `(0, 3)` for the
+        queries of a fused q, k, v.
 
     Raises:
       ValueError: the shapes do not hold equally many values, or `logical` has another rank.
@@ -38,10 +43,13 @@ class Entry:
     axes: tuple[int, ...] = ()
     layers: int = 0
     logical: tuple[str | None, ...] = ()
+    original_stored: tuple[int, ...] = ()
+    piece: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        if math.prod(self.shape) != math.prod(self.stored):
-            raise ValueError(f"{self.name}: expected {self.shape} to hold {self.stored}")
+        for stored in (self.stored, self.original_stored or self.stored):
+            if math.prod(self.shape) != math.prod(stored):
+                raise ValueError(f"{self.name}: expected {self.shape} to hold {stored}")
         rank = len(self.shape) + bool(self.layers)
         if self.logical and len(self.logical) != rank:
             raise ValueError(f"{self.name}: expected {rank} logical axes, got {self.logical}")
@@ -56,13 +64,25 @@ class Entry:
         key = {"diffusers": self.diffusers, "original": self.original}[convention]
         return tuple(key.format(n) for n in range(self.layers)) if self.layers else (key,)
 
-    def ours(self, stored: np.ndarray) -> np.ndarray:
-        """One stored tensor in our layout."""
-        axes = self.axes or tuple(range(stored.ndim))
-        return stored.transpose(axes).reshape(self.shape)
+    def shape_in(self, convention: str) -> tuple[int, ...]:
+        """Of one stored tensor in a convention, with all its pieces."""
+        if convention == "diffusers":
+            return self.stored
+        shape = self.original_stored or self.stored
+        return (shape[0] * self.piece[1], *shape[1:]) if shape else shape
 
-    def theirs(self, value: np.ndarray) -> np.ndarray:
-        """The inverse of `ours`, for one layer."""
+    def ours(self, stored: np.ndarray, convention: str = "diffusers") -> np.ndarray:
+        """One stored tensor in our layout."""
+        if convention == "original" and self.piece[1] > 1:
+            stored = np.split(stored, self.piece[1])[self.piece[0]]
+        stored = stored.reshape(self.stored)
+        return stored.transpose(self.axes or None).reshape(self.shape)
+
+    def theirs(self, value: np.ndarray, convention: str = "diffusers") -> np.ndarray:
+        """The inverse of `ours`, for one layer; in the original convention, of one piece."""
         axes = self.axes or tuple(range(len(self.stored)))
         turned = value.reshape([self.stored[axis] for axis in axes])
-        return np.ascontiguousarray(turned.transpose(np.argsort(axes)))
+        stored = np.ascontiguousarray(turned.transpose(np.argsort(axes)))
+        if convention == "original" and self.original_stored:
+            return stored.reshape(self.original_stored)
+        return stored.reshape(self.stored)
