@@ -4,6 +4,7 @@ This face needs the core dependencies only; data, training and pictures live in 
 need the extra `video`.
 """
 
+from .attention_schedule import AttentionSchedule
 from .config import CONFIGS, VideoDiTConfig
 from .dit import VideoDiT, capture_qkv, patchify, unpatchify
 from .export import export_params, load_model, load_params
@@ -16,6 +17,7 @@ __all__ = [
     "CONFIGS",
     "MOTIONS",
     "PHOTOS",
+    "AttentionSchedule",
     "FlowConfig",
     "VideoDiT",
     "VideoDiTConfig",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from .attention_schedule import Attention, AttentionSchedule
 from .dit import VideoDiT
 from .flow import guide, shift_time
-from .layers import AttentionMethod
 
 SOLVERS = ("euler", "heun")
 
@@ -84,7 +84,7 @@ def sample(
     guidance: float = 2.0,
     shift: float = 6.0,
     solver: str = "euler",
-    attention: AttentionMethod | Sequence[AttentionMethod] | None = None,
+    attention: Attention | None = None,
     size: tuple[int, int, int] | None = None,
     start: tuple[Float[Array, "batch frames height width channels"], float] | None = None,
     on_step: Callable[[int, Array], None] | None = None,
@@ -101,11 +101,12 @@ def sample(
       shift: of the times. A large one makes the last step a long one, which ends on the model's
         mean instead of on a sample of the fine grain that a small model knows little about.
       solver: "euler" or "heun".
-      attention: overrides the model's method, or methods; frozen values are compiled once.
+      attention: overrides the model's method, or methods; frozen values are compiled once. An
+        `AttentionSchedule` is compiled once for each distinct tuple of methods.
       size: frames, height and width in pixels; the configuration's if not given.
       start: `(x, t)` begins from an already noised video instead of from noise at `t = 1`.
       on_step: called as `on_step(n, x)` after step `n` of `steps`, from 1 on. The steps then run
-        one by one; without it all of them are one compiled loop.
+        one by one; without it all steps of the same methods are one compiled loop.
 
     Raises:
       ValueError: a solver, number or shape is wrong.
@@ -121,15 +122,21 @@ def sample(
     x, begin = start
     times = time_steps(steps, shift, begin)
     graph, state = nnx.split(model)
-    call = functools.partial(
-        _follow, graph, model.methods(attention), solver, guidance != 1, state,
-        guidance=jnp.float32(guidance), label=label, caption=caption,
-    )  # fmt: skip
-    if on_step is None:
-        return jnp.clip(call(x=x, times=times), -1, 1)
-    for n in range(steps):
-        x = call(x=x, times=times[n : n + 2])
-        on_step(n + 1, x)
+    if isinstance(attention, AttentionSchedule):
+        runs = attention.runs(steps, model.config.depth)
+    else:
+        runs = [(0, steps, model.methods(attention))]
+    for first, end, methods in runs:
+        call = functools.partial(
+            _follow, graph, methods, solver, guidance != 1, state,
+            guidance=jnp.float32(guidance), label=label, caption=caption,
+        )  # fmt: skip
+        if on_step is None:
+            x = call(x=x, times=times[first : end + 1])
+            continue
+        for n in range(first, end):
+            x = call(x=x, times=times[n : n + 2])
+            on_step(n + 1, x)
     return jnp.clip(x, -1, 1)
 
 

@@ -1,0 +1,105 @@
+"""Which attention method runs on which denoising step and in which layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import vmonarch_jax as vm
+
+from .layers import AttentionMethod
+
+_Overrides = tuple[tuple[int, AttentionMethod], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSchedule:
+    """A method for most of the sampling, and others for its beginning and for some layers.
+
+    The first steps lay out the video and are the most sensitive to attention, and so are the
+    outermost layers. What holds first decides: `steps`, `warmup`, `layers`, `method`.
+
+    A frozen, hashable value: `at` is looked up while a step is traced, so there is one compiled
+    program for each distinct tuple of methods, and no branch in it.
+
+    Attributes:
+      method: where nothing else is said.
+      warmup_steps: first steps, in all layers, that `warmup` runs.
+      warmup: the method of the first steps.
+      layers: methods of some layers, `{layer: method}`; negative layers count from the end.
+      steps: methods of some steps, `{step: method}`; negative steps count from the end.
+
+    Raises:
+      ValueError: `warmup_steps` is negative, or an override names a layer or step twice.
+      TypeError: a method is not hashable or not callable.
+
+    Example:
+      schedule = AttentionSchedule(vm.VMonarch(), warmup_steps=10, layers={0: vm.Dense()})
+      methods = schedule.at(step=12, steps=50, layers=30)
+    """
+
+    method: AttentionMethod = vm.VMonarch()  # noqa: RUF009 (frozen)
+    warmup_steps: int = 0
+    warmup: AttentionMethod = vm.Dense()  # noqa: RUF009 (frozen)
+    layers: Mapping[int, AttentionMethod] | _Overrides = ()
+    steps: Mapping[int, AttentionMethod] | _Overrides = ()
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"expected warmup_steps >= 0, got {self.warmup_steps}")
+        for name in ("layers", "steps"):
+            given = getattr(self, name)
+            pairs = tuple(sorted(dict(given).items(), key=lambda pair: pair[0]))
+            if len(pairs) != len(given):
+                raise ValueError(f"expected each of {name} once, got {given}")
+            object.__setattr__(self, name, pairs)
+        for method in (self.method, self.warmup, *dict(self.layers).values(),
+                       *dict(self.steps).values()):  # fmt: skip
+            if not callable(method):
+                raise TypeError(f"expected a method value such as vm.VMonarch(), got {method!r}")
+            hash(method)
+
+    def at(self, step: int, steps: int, layers: int) -> tuple[AttentionMethod, ...]:
+        """The method of each of `layers` layers on step `step` of `steps`, counted from 0.
+
+        Raises:
+          ValueError: `step` is not in `[0, steps)`, or an override names a layer or a step that
+            there is none of.
+        """
+        if not 0 <= step < steps:
+            raise ValueError(f"expected a step in [0, {steps}), got {step}")
+        by_step = _count_from_start(self.steps, steps, "step")
+        by_layer = _count_from_start(self.layers, layers, "layer")
+        if step in by_step:
+            return (by_step[step],) * layers
+        if step < self.warmup_steps:
+            return (self.warmup,) * layers
+        return tuple(by_layer.get(layer, self.method) for layer in range(layers))
+
+    def runs(self, steps: int, layers: int) -> list[tuple[int, int, tuple[AttentionMethod, ...]]]:
+        """Neighbouring steps of the same methods together: `(first, end, methods)`, in order."""
+        found: list[tuple[int, int, tuple[AttentionMethod, ...]]] = []
+        for step in range(steps):
+            methods = self.at(step, steps, layers)
+            if found and found[-1][2] == methods:
+                found[-1] = (found[-1][0], step + 1, methods)
+            else:
+                found.append((step, step + 1, methods))
+        return found
+
+
+#: What a sampler takes as `attention=`: one method, one a layer, or a schedule.
+Attention = AttentionMethod | Sequence[AttentionMethod] | AttentionSchedule
+
+
+def _count_from_start(
+    overrides: Mapping[int, AttentionMethod] | _Overrides, length: int, what: str
+) -> dict[int, AttentionMethod]:
+    found: dict[int, AttentionMethod] = {}
+    for index, method in dict(overrides).items():
+        if not -length <= index < length:
+            raise ValueError(f"expected a {what} in [{-length}, {length}), got {index}")
+        if index % length in found:
+            raise ValueError(f"expected each {what} once, got {index} and {index % length}")
+        found[index % length] = method
+    return found
