@@ -1,0 +1,111 @@
+"""Halving and doubling of frames, rows and columns, learnt and not learnt."""
+
+from __future__ import annotations
+
+import einops
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .layers import FRAMES_BEFORE, Types, conv
+from .stream import Cache
+
+
+class Halve(nnx.Module):
+    """A convolution that halves rows and columns, then one that halves frames where `time`.
+
+    The first frame of a video has no partner: it is not halved in time.
+    """
+
+    def __init__(self, dim: int, *, time: bool, types: Types, rngs: nnx.Rngs) -> None:
+        kwargs = {**types.kwargs(), "rngs": rngs}
+        # padded below and to the right only, as the published weights were trained
+        sides = [(0, 1), (0, 1)]
+        self.space = nnx.Conv(dim, dim, (3, 3), strides=(2, 2), padding=sides, **kwargs)
+        strides = {"strides": (2, 1, 1), "padding": "VALID"}
+        self.time = nnx.Conv(dim, dim, (3, 1, 1), **strides, **kwargs) if time else None
+
+    def __call__(
+        self, x: Float[Array, "batch frames height width dim"], cache: Cache
+    ) -> Float[Array, "batch half_frames half_height half_width dim"]:
+        """Returns one frame of the first frame, and half of an even number of later ones."""
+        x = self.space(x)
+        if self.time is None:
+            return x
+        if cache.first:
+            cache.keep(x[:, -1:])
+            return x
+        return self.time(cache.extend(x, 1))
+
+
+class Double(nnx.Module):
+    """A convolution that doubles frames where `time`, then one after repeating rows and columns.
+
+    The first frame of a video stays one frame, and the doubling does not see it afterwards: to it
+    the video starts at the second latent frame.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, time: bool, types: Types, rngs: nnx.Rngs
+    ) -> None:
+        kwargs = {**types.kwargs(), "rngs": rngs}
+        self.space = nnx.Conv(inputs, outputs, (3, 3), padding=[(1, 1), (1, 1)], **kwargs)
+        self.time = conv(inputs, 2 * inputs, (3, 1, 1), types, rngs) if time else None
+
+    def __call__(
+        self, x: Float[Array, "batch frames height width inputs"], cache: Cache
+    ) -> Float[Array, "batch more_frames twice_height twice_width outputs"]:
+        """Returns one frame of the first frame, and two of every later one."""
+        if self.time is not None:
+            if cache.first:
+                cache.keep(jnp.zeros((x.shape[0], FRAMES_BEFORE, *x.shape[2:]), x.dtype))
+            else:
+                pairs = self.time(cache.extend(x, FRAMES_BEFORE))
+                x = einops.rearrange(pairs, "z t h w (two c) -> z (t two) h w c", two=2)
+        return self.space(einops.repeat(x, "z t h w c -> z t (h 2) (w 2) c"))
+
+
+def mean_down(
+    x: Float[Array, "batch frames height width inputs"], outputs: int, time: int, space: int
+) -> Float[Array, "batch less_frames less_height less_width outputs"]:
+    """Folds `time` frames, `space` rows and columns into channels and averages these in groups.
+
+    A single first frame is folded with zeros before it.
+    """
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    x = einops.rearrange(x, "z (t a) (h b) (w c) d -> z t h w (d a b c)", a=time, b=space, c=space)
+    return einops.reduce(x, "z t h w (d group) -> z t h w d", "mean", d=outputs)
+
+
+def repeat_up(
+    x: Float[Array, "batch frames height width inputs"],
+    outputs: int,
+    time: int,
+    space: int,
+    first: bool,
+) -> Float[Array, "batch more_frames more_height more_width outputs"]:
+    """Repeats channels and unfolds them into `time` frames, `space` rows and columns.
+
+    Of the first frame of a video only the last of the frames is left.
+    """
+    repeats = outputs * time * space**2 // x.shape[-1]
+    x = einops.rearrange(
+        jnp.repeat(x, repeats, axis=-1),
+        "z t h w (d a b c) -> z (t a) (h b) (w c) d",
+        d=outputs, a=time, b=space, c=space,
+    )  # fmt: skip
+    return x[:, time - 1 :] if first else x
+
+
+def fold_pixels(
+    x: Float[Array, "batch frames height width channels"], patch: int
+) -> Float[Array, "batch frames rows columns folded"]:
+    """Squares of `patch * patch` pixels as channels, in the order of Wan2.2's weights."""
+    return einops.rearrange(x, "z t (h b) (w c) d -> z t h w (d c b)", b=patch, c=patch)
+
+
+def unfold_pixels(
+    x: Float[Array, "batch frames rows columns folded"], patch: int
+) -> Float[Array, "batch frames height width channels"]:
+    """The inverse of `fold_pixels`."""
+    return einops.rearrange(x, "z t h w (d c b) -> z t (h b) (w c) d", b=patch, c=patch)
