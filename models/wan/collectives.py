@@ -1,0 +1,150 @@
+"""What the devices of a mesh say to each other: what the table of rules announces, and what is so.
+
+A compiled program that holds a collective which is not announced moves data that nobody meant to
+move, usually because an activation was laid out otherwise than its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+from jax.sharding import Mesh
+
+from .sharding import Sharding
+
+KINDS = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Announced:
+    """Collectives that a program may hold.
+
+    Attributes:
+      kinds: names of XLA's operations.
+      axes: mesh axes along which the devices may talk, any of them.
+      why: what they are for.
+      most: elements of the largest result; `None`: any number.
+    """
+
+    kinds: tuple[str, ...]
+    axes: tuple[str, ...]
+    why: str
+    most: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective of a compiled program.
+
+    Attributes:
+      kind: name of XLA's operation.
+      axes: mesh axes along which the devices talk.
+      elements: of the result on one device.
+      source: the operation of the model that it came from, as JAX names it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    elements: int
+    source: str
+
+
+def announced(sharding: Sharding, training: bool = False) -> tuple[Announced, ...]:
+    """The collectives that the rules imply, in the forward pass or in a training step."""
+    batch, seq = sharding.axes("batch"), sharding.axes("seq")
+    params = sharding.axes("embed", "params")
+    sums = tuple({*sharding.axes("heads"), *sharding.axes("mlp")})
+    found = (
+        Announced(("all-to-all",), seq, "self-attention: heads for tokens, and back"),
+        Announced(("all-gather",), params, "parameters, a layer at a time"),
+        Announced(("all-gather",), seq, "tokens of the output, put back into a video"),
+        Announced(
+            ("all-reduce",), sums, "products that sum over heads or mlp; mean squares over heads"
+        ),
+    )
+    if not training:
+        return found
+    both = ("all-reduce", "reduce-scatter")
+    return (
+        *found,
+        Announced(both, (*batch, *seq), "gradients of parameters"),
+        Announced(("all-reduce",), sharding.mesh.axis_names, "the loss; norms of gradients", 1),
+    )
+
+
+def unannounced(hlo: str, sharding: Sharding, training: bool = False) -> list[Collective]:
+    """The collectives of a compiled program (`compiled.as_text()`) that no rule announces."""
+    allowed = announced(sharding, training)
+
+    def fits(found: Collective, rule: Announced) -> bool:
+        within = rule.most is None or found.elements <= rule.most
+        return found.kind in rule.kinds and set(found.axes) <= set(rule.axes) and within
+
+    return [
+        found
+        for found in collectives(hlo, sharding.mesh)
+        if not any(fits(found, rule) for rule in allowed)
+    ]
+
+
+def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
+    """All collectives of a compiled program between devices of a mesh.
+
+    Args:
+      hlo: `compiled.as_text()`; those inside loops stand there once.
+      mesh: whose devices it was compiled for, in its order.
+    """
+    found = []
+    operation = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(-start)?\(")
+    for line in hlo.splitlines():
+        match = operation.search(line)
+        if not match:
+            continue
+        axes = _axes(_groups(line, mesh.size), mesh)
+        source = re.search(r'op_name="([^"]*)"', line)
+        shapes = re.findall(r"\w+\[([\d,]*)\]", match["shape"])
+        sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+        if axes:
+            found.append(Collective(match["kind"], axes, max(sizes), source[1] if source else ""))
+    return found
+
+
+def _groups(line: str, devices: int) -> np.ndarray:
+    """The groups of devices that talk to each other, one a row, as numbers in the mesh's order.
+
+    XLA writes them as lists `{{0,1},{2,3}}`, as a reshaped and transposed count
+    `[2,4]<=[4,2]T(1,0)`, by axes of a mesh of its own `mesh['a'=4,'b'=2] {'a'}`, or as pairs.
+    """
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?(, |$)", line):
+        return np.array([int(n) for n in re.findall(r"\d+", pairs[1])]).reshape(-1, 2)
+    if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        shape, count, order = (
+            [int(n) for n in (part or "").split(",") if n] for part in counted.groups()
+        )
+        ids = np.arange(math.prod(count)).reshape(count)
+        return (ids.transpose(order) if order else ids).reshape(shape)
+    if named := re.search(r"replica_groups=(?:@?\w*)mesh\[(.*?)\]\s*\{(.*?)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        chosen = re.findall(r"'(\w+)'", named[2])
+        if ":(" in named[2] or "device_ids=(" in line:
+            raise NotImplementedError(f"expected groups along whole axes, got {named[0]}")
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        where = [list(sizes).index(name) for name in chosen]
+        ids = np.moveaxis(ids, where, range(-len(where), 0))
+        return ids.reshape(-1, math.prod(sizes[name] for name in chosen))
+    lists = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", line)
+    groups = re.findall(r"\{([\d,]+)\}", lists[1]) if lists else []
+    if not groups:  # none given: all of them
+        return np.arange(devices)[None]
+    return np.array([[int(n) for n in group.split(",")] for group in groups])
+
+
+def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which members of a group differ."""
+    shape = tuple(mesh.shape.values())
+    places = np.stack(np.unravel_index(groups, shape), axis=-1)
+    differ = (places != places[:, :1]).any(axis=(0, 1))
+    return tuple(axis for axis, is_split in zip(mesh.axis_names, differ, strict=True) if is_split)
