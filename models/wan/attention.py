@@ -1,0 +1,99 @@
+"""The two attentions of a Wan block: of the video on itself, and on text and image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+import vmonarch_jax as vm
+
+from .config import TransformerConfig
+from .embeddings import rotate
+from .transformer_layers import FromHeads, HeadsNorm, Placement, ToHeads
+
+#: Attention of token-major q, k, v: the layer's method on the grid.
+Attend = Callable[[Array, Array, Array], Array]
+
+
+class SelfAttention(nnx.Module):
+    """Attention of the video's tokens on each other, under any method.
+
+    Formula: `q, k = rotate(norm(q)), rotate(norm(k))`, `out = attend(q, k, v)`; the norm is over
+    all heads of a token together.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any) -> None:
+        dim, heads, size = config.dim, config.heads, config.head_dim
+        options = {"rngs": rngs, "param_dtype": param_dtype}
+        self.q = ToHeads(dim, heads, size, **options)
+        self.k = ToHeads(dim, heads, size, **options)
+        self.v = ToHeads(dim, heads, size, **options)
+        self.q_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
+        self.k_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
+        self.out = FromHeads(heads, size, dim, **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq dim"],
+        rope: tuple[Array, Array],
+        attend: Attend,
+        place: Placement,
+    ) -> Float[Array, "batch seq dim"]:
+        """The update of the residual stream, in the dtype of `x`."""
+        # Norm and turn are float32 together and rounded once.
+        q = rotate(self.q_norm(self.q(x)), *rope).astype(x.dtype)
+        k = rotate(self.k_norm(self.k(x)), *rope).astype(x.dtype)
+        heads = (place.constrain(a, "batch", "heads", "seq", None) for a in (q, k, self.v(x)))
+        # Methods take token-major arrays and turn them heads-major: XLA cancels both turns.
+        return self.out(attend(*(a.swapaxes(1, 2) for a in heads)))
+
+
+class CrossAttention(nnx.Module):
+    """Dense attention of the video's tokens on the text, plus that on the image where there is one.
+
+    Formula: `out(softmax(q k_text) v_text + softmax(q k_image) v_image)`: two softmaxes, summed.
+    No mask: the zeros behind a short text are attended to, as the models were trained.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any) -> None:
+        dim, heads, size = config.dim, config.heads, config.head_dim
+        options = {"rngs": rngs, "param_dtype": param_dtype}
+        self.q = ToHeads(dim, heads, size, **options)
+        self.k = ToHeads(dim, heads, size, **options)
+        self.v = ToHeads(dim, heads, size, **options)
+        self.q_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
+        self.k_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
+        self.out = FromHeads(heads, size, dim, **options)
+        if config.image_dim:
+            self.image_k = ToHeads(dim, heads, size, **options)
+            self.image_v = ToHeads(dim, heads, size, **options)
+            self.image_k_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq dim"],
+        text: Float[Array, "batch length dim"],
+        image: Float[Array, "batch n dim"] | None,
+        place: Placement,
+    ) -> Float[Array, "batch seq dim"]:
+        """The update of the residual stream, in the dtype of `x`."""
+        q = self.q_norm(self.q(x)).astype(x.dtype)
+        q = place.constrain(q, "batch", "heads", "seq", None)
+        out = _attend(place, q, self.k_norm(self.k(text)), self.v(text))
+        if image is not None:
+            keys, values = self.image_k_norm(self.image_k(image)), self.image_v(image)
+            out = out + _attend(place, q, keys, values)
+        return self.out(out)
+
+
+def _attend(
+    place: Placement,
+    q: Float[Array, "batch heads seq head_dim"],
+    k: Float[Array, "batch heads keys head_dim"],
+    v: Float[Array, "batch heads keys head_dim"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    k, v = (place.constrain(x.astype(q.dtype), "batch", "heads", "text", None) for x in (k, v))
+    return place.attend(vm.Dense(), *(x.swapaxes(1, 2) for x in (q, k, v)), None)

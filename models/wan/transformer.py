@@ -1,0 +1,267 @@
+"""The Wan transformer: noisy latents, time and text in, velocity out."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+import vmonarch_jax as vm
+
+from ..dit import unpatchify
+from .attention import Attend, CrossAttention, SelfAttention
+from .config import TransformerConfig
+from .embeddings import ImageEmbedding, PatchEmbedding, TextEmbedding, TimeEmbedding, rope_tables
+from .transformer_layers import LayerNorm, Linear, OneDevice, Placement, layer_norm
+
+#: One method for all layers, or one for each.
+Methods = vm.Attention | Sequence[vm.Attention]
+
+
+class Block(nnx.Module):
+    """One transformer block: self-attention, cross-attention, MLP.
+
+    Formula, with `(s1, c1, g1, s2, c2, g2) = modulation of the time + this block's own`:
+    `x += g1 * attn(norm(x) * (1 + c1) + s1)`, `x += cross(cross_norm(x))`,
+    `x += g2 * mlp(norm(x) * (1 + c2) + s2)`. Sums are float32; between them x is rounded to the
+    compute dtype, as in Diffusers.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any) -> None:
+        dim, options = config.dim, {"rngs": rngs, "param_dtype": param_dtype}
+        self.attn = SelfAttention(config, **options)
+        self.cross = CrossAttention(config, **options)
+        self.cross_norm = LayerNorm(dim, config.eps, param_dtype=param_dtype)
+        self.mlp_in = Linear(dim, config.ffn_dim, **options)
+        self.mlp_out = Linear(config.ffn_dim, dim, **options)
+        self.modulation = _modulation(6, dim, rngs, param_dtype)
+        self.eps = config.eps
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq dim"],
+        shared: Float[Array, "batch times 6 dim"],
+        text: Float[Array, "batch length dim"],
+        image: Float[Array, "batch n dim"] | None,
+        rope: tuple[Array, Array],
+        attend: Attend,
+        place: Placement,
+    ) -> Float[Array, "batch seq dim"]:
+        """The residual stream after the block, in the dtype of `x`."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = _parts(shared, self.modulation, x.shape[1])
+        h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(x.dtype)
+        h = self.attn(h, rope, attend, place)
+        x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate1).astype(x.dtype)
+        x = place.constrain(x, "batch", "seq", None)
+        x = x + self.cross(self.cross_norm(x).astype(x.dtype), text, image, place)
+        x = place.constrain(x, "batch", "seq", None)
+        h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(x.dtype)
+        h = jax.nn.gelu(self.mlp_in(h), approximate=True)
+        h = self.mlp_out(place.constrain(h, "batch", "seq", "mlp"))
+        x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate2).astype(x.dtype)
+        return place.constrain(x, "batch", "seq", None)
+
+
+class WanTransformer(nnx.Module):
+    """A transformer that predicts the flow-matching velocity of a noisy latent video.
+
+    One class for Wan2.1 and Wan2.2, with and without an image; two experts are two of it. The
+    blocks' parameters are stacked, layers in front, and run by one `jax.lax.scan`. Where layers
+    have different methods, each step chooses its own by `jax.lax.switch`, so that neither the
+    program grows with the layers nor a weight is copied.
+
+    Args:
+      config: the sizes.
+      attention: the method of every layer, or one method per layer; a value without parameters.
+      rngs: keys of the initial weights.
+      param_dtype: of the weights; the products are in `config.dtype`.
+
+    Raises:
+      ValueError: not as many methods as layers.
+
+    Example:
+      model = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
+      model = split_params(model)[0](weights)
+      velocity = model(latents, time, text, attention=vm.VMonarch())
+
+    Source: `WanTransformer3DModel` of Diffusers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        attention: Methods = vm.Dense(),  # noqa: B008 (frozen)
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        options = {"rngs": rngs, "param_dtype": param_dtype}
+        self.config = config
+        self.attention = tuple(attention) if isinstance(attention, Sequence) else attention
+        self.methods()
+        self.patch = PatchEmbedding(config, **options)
+        self.time = TimeEmbedding(config, **options)
+        self.text = TextEmbedding(config, **options)
+        if config.image_dim:
+            self.image = ImageEmbedding(config, **options)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs, param_dtype=param_dtype)
+
+        self.blocks = blocks(rngs)
+        self.modulation = _modulation(2, config.dim, rngs, param_dtype)
+        self.out = Linear(config.dim, math.prod(config.patch) * config.out_channels, **options)
+
+    def __call__(
+        self,
+        latents: Float[Array, "batch frames height width channels"],
+        time: Float[Array, " batch"] | Float[Array, "batch times"],
+        text: Float[Array, "batch length text_dim"],
+        image: Float[Array, "batch n image_dim"] | None = None,
+        *,
+        attention: Methods | None = None,
+        sharding: Placement | None = None,
+    ) -> Float[Array, "batch frames height width out_channels"]:
+        """Returns the velocity, in float32.
+
+        Args:
+          latents: noisy latents, with mask and image behind their channels where the model has
+            them; any size that the patch divides.
+          time: 0 (the video) to 1000 (noise), as the published models take it. Where the
+            configuration has `per_token_time` also `[batch, grid.frames]` or `[batch, tokens]`: a
+            time for each frame or token of the grid. That of tokens costs
+            `24 * batch * tokens * dim` bytes, once for all layers; that of frames next to nothing.
+          text: text states; fewer than `text_length` are followed by zeros.
+          image: states of the image encoder, exactly where the configuration has `image_dim`; of
+            two images one after the other where it has `image_positions`.
+          attention: overrides the constructor's method, or methods, for this call.
+          sharding: places activations and attention on a mesh; `None`: no mesh.
+
+        Raises:
+          ValueError: a shape does not fit the configuration or the other arguments.
+        """
+        config, methods = self.config, self.methods(attention)
+        place = OneDevice() if sharding is None else sharding
+        grid = self._check(latents, time, text, image)
+        dtype = config.compute_dtype
+        state, shared = self.time(time.reshape(len(time), -1))
+        text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
+        text = self.text(text.astype(dtype))
+        image = None if image is None else self.image(image.astype(dtype))
+        rope = rope_tables(grid, config.head_dim, config.rope_theta)
+        rope = tuple(place.constrain(table, "seq", None) for table in rope)
+        x = place.constrain(self.patch(latents.astype(dtype)), "batch", "seq", None)
+        x = self._scan(x, shared, text, image, rope, methods, grid, place)
+        shift, scale = _parts(state[:, :, None], self.modulation, grid.tokens)
+        x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(dtype)
+        return unpatchify(self.out(x).astype(jnp.float32), config.patch, grid)
+
+    def methods(self, attention: Methods | None = None) -> tuple[vm.Attention, ...]:
+        """The attention method of each layer, given what a call overrides.
+
+        Raises:
+          ValueError: not as many methods as layers.
+        """
+        layers = self.config.layers
+        attention = self.attention if attention is None else attention
+        if not isinstance(attention, Sequence):
+            return (attention,) * layers
+        if len(attention) != layers:
+            raise ValueError(
+                f"expected one attention method for each of {layers} layers, got {len(attention)}"
+            )
+        return tuple(attention)
+
+    def _scan(self, x, shared, text, image, rope, methods, grid, place: Placement):
+        graph, stacked = nnx.split(self.blocks)
+        kinds = list(dict.fromkeys(methods))
+        kind_of_layer = np.array([kinds.index(method) for method in methods], np.int32)
+
+        def layer(x, state, kind):
+            def attend(q, k, v):
+                calls = [functools.partial(place.attend, m, grid=grid) for m in kinds]
+                return jax.lax.switch(kind, calls, q, k, v) if len(calls) > 1 else calls[0](q, k, v)
+
+            return nnx.merge(graph, state)(x, shared, text, image, rope, attend, place)
+
+        layer = _remat(layer, self.config.remat)
+        return jax.lax.scan(lambda x, of: (layer(x, *of), None), x, (stacked, kind_of_layer))[0]
+
+    def _check(self, latents, time, text, image) -> vm.VideoGrid:
+        config = self.config
+        if latents.ndim != 5 or latents.shape[-1] != config.in_channels:
+            raise ValueError(
+                f"expected latents [batch, frames, height, width, {config.in_channels}], "
+                f"got {latents.shape}"
+            )
+        batch, grid = latents.shape[0], config.grid_of(*latents.shape[1:4])
+        times = [(batch,)]
+        if config.per_token_time:
+            times += [(batch, grid.frames), (batch, grid.tokens)]
+        if time.shape not in times:
+            raise ValueError(f"expected time of shape {_either(times)}, got {time.shape}")
+        if (
+            text.ndim != 3
+            or (text.shape[0], text.shape[2]) != (batch, config.text_dim)
+            or not 1 <= text.shape[1] <= config.text_length
+        ):
+            raise ValueError(
+                f"expected text [{batch}, 1 to {config.text_length}, {config.text_dim}], "
+                f"got {text.shape}"
+            )
+        if (image is None) != (config.image_dim is None):
+            expected = "none (image_dim is None)" if config.image_dim is None else "image states"
+            raise ValueError(f"expected {expected} as image, got {getattr(image, 'shape', None)}")
+        if image is not None:
+            n = config.image_positions or image.shape[1]
+            if image.shape != (batch, n, config.image_dim):
+                raise ValueError(
+                    f"expected image of shape {(batch, n, config.image_dim)}, got {image.shape}"
+                )
+        return grid
+
+
+def _modulation(parts: int, dim: int, rngs: nnx.Rngs, param_dtype: Any) -> nnx.Param:
+    draw = jax.random.normal(rngs.params(), (parts, dim)) * dim**-0.5
+    return nnx.Param(draw.astype(param_dtype))
+
+
+def _parts(
+    shared: Float[Array, "batch times #parts dim"], own: nnx.Param, seq: int
+) -> list[Float[Array, "batch #seq dim"]]:
+    """Each part of `shared + own` in float32, by token where times differ."""
+    both = shared + own[...].astype(jnp.float32)
+    return [_by_token(part, seq) for part in jnp.moveaxis(both, 2, 0)]
+
+
+def _by_token(x: Float[Array, "batch times dim"], seq: int) -> Float[Array, "batch #seq dim"]:
+    """Gives each token what its frame has; one for all and one for each stay as they are."""
+    batch, times, dim = x.shape
+    if times in (1, seq):
+        return x
+    spread = jnp.broadcast_to(x[:, :, None], (batch, times, seq // times, dim))
+    return spread.reshape(batch, seq, dim)
+
+
+def _remat(layer: Any, policy: str) -> Any:
+    policies = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    if policy not in policies:
+        return layer
+    # Inside a scan nothing can be shared with the forward pass anyway.
+    return jax.checkpoint(layer, policy=policies[policy], prevent_cse=False)
+
+
+def _either(shapes: list[tuple[int, ...]]) -> str:
+    return " or ".join(map(str, shapes))

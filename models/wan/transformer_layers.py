@@ -1,0 +1,140 @@
+"""Linear maps and norms of the Wan transformer, and where its arrays are placed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class Placement(Protocol):
+    """Where the arrays of a forward pass live; on a mesh, `sharding.Sharding`."""
+
+    def constrain(self, x: Array, *logical: str | None) -> Array:
+        """`x`, placed by one logical name, or `None`, for each of its axes."""
+        ...
+
+    def attend(self, method: Any, q: Array, k: Array, v: Array, grid: Any) -> Array:
+        """Attention of `[batch, seq, heads, head_dim]` arrays; `grid=None`: on other keys."""
+        ...
+
+
+class OneDevice:
+    """The `Placement` of no mesh at all."""
+
+    def constrain(self, x: Array, *logical: str | None) -> Array:
+        """`x` itself."""
+        del logical
+        return x
+
+    def attend(self, method: Any, q: Array, k: Array, v: Array, grid: Any) -> Array:
+        """What the method says."""
+        return method(q, k, v) if grid is None else method(q, k, v, grid=grid)
+
+
+def kernel(rngs: nnx.Rngs, shape: Sequence[int], inputs: int, param_dtype: Any) -> nnx.Param:
+    """A random kernel: one over the root of the inputs; in use, stored weights replace it."""
+    draw = jax.random.truncated_normal(rngs.params(), -2, 2, tuple(shape), jnp.float32)
+    return nnx.Param((draw * inputs**-0.5).astype(param_dtype))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` in the dtype of `x`; the last axis of `x` becomes `outputs`.
+
+    Args:
+      inputs: width of `x`.
+      outputs: one axis or several, so that a head or a part needs no split afterwards.
+    """
+
+    def __init__(
+        self, inputs: int, *outputs: int, rngs: nnx.Rngs, param_dtype: Any = jnp.float32
+    ) -> None:
+        self.kernel = kernel(rngs, (inputs, *outputs), inputs, param_dtype)
+        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
+
+    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        """The map of the last axis."""
+        return jnp.tensordot(x, as_dtype(x, self.kernel), 1, precision=exact(x)) + as_dtype(
+            x, self.bias
+        )
+
+
+class ToHeads(nnx.Module):
+    """A projection of tokens that writes heads-major, as attention kernels read."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, *, rngs: nnx.Rngs, param_dtype: Any):
+        self.kernel = kernel(rngs, (dim, heads, head_dim), dim, param_dtype)
+        self.bias = nnx.Param(jnp.zeros((heads, head_dim), param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "batch seq dim"]
+    ) -> Float[Array, "batch heads seq head_dim"]:
+        """The heads of each token, in the dtype of `x`."""
+        heads = jnp.einsum("znc,chd->zhnd", x, as_dtype(x, self.kernel), precision=exact(x))
+        return heads + as_dtype(x, self.bias)[:, None]
+
+
+class FromHeads(nnx.Module):
+    """The projection of all heads of a token back to the residual stream."""
+
+    def __init__(self, heads: int, head_dim: int, dim: int, *, rngs: nnx.Rngs, param_dtype: Any):
+        self.kernel = kernel(rngs, (heads, head_dim, dim), heads * head_dim, param_dtype)
+        self.bias = nnx.Param(jnp.zeros(dim, param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "batch seq heads head_dim"]
+    ) -> Float[Array, "batch seq dim"]:
+        """The update of each token, in the dtype of `x`."""
+        tokens = jnp.einsum("znhd,hdc->znc", x, as_dtype(x, self.kernel), precision=exact(x))
+        return tokens + as_dtype(x, self.bias)
+
+
+class HeadsNorm(nnx.Module):
+    """RMS norm of a token's heads taken together, with weights, in float32."""
+
+    def __init__(self, heads: int, head_dim: int, eps: float, *, param_dtype: Any) -> None:
+        self.scale = nnx.Param(jnp.ones((heads, head_dim), param_dtype))
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "batch heads seq head_dim"]
+    ) -> Float[Array, "batch heads seq head_dim"]:
+        """`x / rms(x) * scale`; the mean is over heads and their channels."""
+        x = x.astype(jnp.float32)
+        mean = jnp.square(x).mean((1, 3), keepdims=True)
+        return x * jax.lax.rsqrt(mean + self.eps) * self.scale[...].astype(jnp.float32)[:, None]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with weights, in float32."""
+
+    def __init__(self, dim: int, eps: float, *, param_dtype: Any) -> None:
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(dim, param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+        """`layer_norm(x) * scale + bias`."""
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return layer_norm(x, self.eps) * scale + bias
+
+
+def layer_norm(x: Float[Array, "*rows dim"], eps: float) -> Float[Array, "*rows dim"]:
+    """Layer norm without weights, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+def as_dtype(x: Array, parameter: nnx.Param) -> Array:
+    """The parameter in the dtype of `x`."""
+    return parameter[...].astype(x.dtype)
+
+
+def exact(x: Array) -> jax.lax.Precision | None:
+    """Float32 means float32: the default precision of a TPU would round it to bfloat16."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
