@@ -21,7 +21,7 @@ SHAPES = (
 DIM = 128
 
 # Scores of a grid step: from where its overhead shows to where its body is too long.
-SHORTEST, LONGEST = 1_500_000, 5_000_000
+SHORTEST, LONGEST = 2_500_000, 6_000_000
 
 
 def _build(block_sizes: BlockSizes):
@@ -39,7 +39,7 @@ def _case(name: str, n: int, s: int, biased: bool) -> Case:
     candidates = (
         {"rows": rows, "keys": keys}
         for rows in _divisors(n, 256, 2048)
-        for keys in _divisors(s, 1024, 8192)
+        for keys in _divisors(s, 1024, 12_288)
         if SHORTEST <= rows * keys <= LONGEST
     )
     return Case(
