@@ -61,7 +61,7 @@ class Checkpoints:
         """Returns the newest state and the data iterator's state.
 
         Args:
-          like: a state of the same run, for its structure, shapes and dtypes.
+          like: a state of the same run, for its structure, shapes, dtypes and placement.
 
         Raises:
           ValueError: there is no checkpoint, or it is damaged, or it is of another model.
@@ -74,7 +74,8 @@ class Checkpoints:
         stored = read_arrays(where / "state")
         check_params(stored, named, where)
         leaves = [
-            jax.device_put(np.asarray(stored[name], leaf.dtype)) for name, leaf in named.items()
+            jax.device_put(np.asarray(stored[name], leaf.dtype), leaf.sharding)
+            for name, leaf in named.items()
         ]
         try:
             composite = ocp.args.Composite(data=ocp.args.JsonRestore())

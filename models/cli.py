@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # here and not above: a bare installation must get a sentence and no traceback
         from . import commands
-        from .train import Interrupted
+        from .loop import Interrupted
     except ModuleNotFoundError as error:
         print(
             f"vmonarch: error: {error}; the command needs pip install 'vmonarch-jax[video]'",

@@ -10,13 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from .dit import VideoDiT
 from .flow import FlowConfig, flow_loss
 from .params import Params, split_params
 
+#: What a step reports, by name.
+Metrics = dict[str, Float[Array, ""]]
+
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "constant")
+# Ends of the names of matrices: plain ones, and the two thin ones of an adapter.
+_MATRICES = ("kernel", "lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +30,16 @@ class TrainConfig:
     """Everything that decides the outcome of a run, beside the model's configuration.
 
     Attributes:
-      steps: optimizer steps; the cosine ends at zero after them.
+      steps: optimizer steps.
       batch_size: videos a step.
       optimizer: "adamw", or "muon" for the matrices of the blocks and AdamW for all else.
       learning_rate: peak learning rate, of both.
+      schedule: of the learning rate: "cosine", down to zero after the last step, or "constant".
       warmup_steps: steps of the linear rise to it.
       weight_decay: of matrices; vectors, norms and modulation have none.
       clip_norm: global norm that gradients are clipped to.
       beta2: of Adam; 0.99 forgets the first, wild steps of a short run.
-      ema_decay: of the moving average, once it is warm.
+      ema_decay: of the moving average, once it is warm; 0 keeps none.
       seed: of the initial weights, the data, the times and the noise.
       save_every: steps between checkpoints.
       keep: checkpoints that are kept, the newest ones.
@@ -46,6 +53,7 @@ class TrainConfig:
     batch_size: int = 8
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     warmup_steps: int = 50
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -64,6 +72,8 @@ class TrainConfig:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"expected an optimizer of {OPTIMIZERS}, got {self.optimizer!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"expected a schedule of {SCHEDULES}, got {self.schedule!r}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
@@ -76,17 +86,26 @@ class TrainConfig:
 
 
 class TrainState(NamedTuple):
-    """What changes from step to step."""
+    """What changes from step to step; `ema` is empty where no average is kept."""
 
     step: Int[Array, ""]
     params: Params
     ema: Params
     optimizer: optax.OptState
 
+    @property
+    def averaged(self) -> Params:
+        """What training is for: the moving average, or the parameters where none is kept."""
+        return self.ema or self.params
+
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then half a cosine down to zero at the last step."""
+    """Linear warm-up, then half a cosine down to zero at the last step, or no change."""
     warmup = min(config.warmup_steps, config.steps - 1)
+    if config.schedule == "constant":
+        return optax.schedules.warmup_constant_schedule(
+            0.0 if warmup else config.learning_rate, config.learning_rate, warmup
+        )
     return optax.schedules.warmup_cosine_decay_schedule(
         0.0 if warmup else config.learning_rate, config.learning_rate, warmup, config.steps
     )
@@ -101,7 +120,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     rate, decay = learning_rate(config), config.weight_decay
 
     def kernels(params: Params) -> dict[str, bool]:
-        return {name: name.endswith("kernel") for name in params}
+        return {name: name.endswith(_MATRICES) for name in params}
 
     def block_kernels(params: Any) -> Any:
         return {
@@ -130,6 +149,7 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
     def make(params: Params) -> TrainState:
         # a step donates the whole state, so it may share no buffer within itself or with the caller
         own, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+        ema = ema if config.ema_decay else {}
         return TrainState(jnp.int32(0), own, ema, optimizer(config).init(params))
 
     return make(params)
@@ -137,38 +157,49 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
 
 def make_step(
     model: VideoDiT, config: TrainConfig
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Returns the compiled step, `(state, batch) -> (state, metrics)`.
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
+    """Returns the compiled step of a model, `(state, batch) -> (state, metrics)`."""
+    rebuild, _ = split_params(model)
+
+    def loss_of(params: Params, key: Key[Array, ""], batch: dict[str, Array]) -> Float[Array, ""]:
+        return flow_loss(
+            rebuild(params),
+            batch["video"],
+            batch["label"],
+            batch["caption"] if model.config.caption_dim else None,
+            key,
+            null_label=model.config.classes,
+            config=config.flow,
+        )
+
+    return make_update(loss_of, config)
+
+
+def make_update(
+    loss_of: Callable[..., Float[Array, ""]], config: TrainConfig
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the compiled step of any loss, `(state, *inputs) -> (state, metrics)`.
 
     The random key of a step comes from the seed and the step number alone, so the state needs no
     key of its own. Moving average: `ema = d ema + (1 - d) params` with
     `d = min(ema_decay, (1 + step) / (10 + step))`, which forgets the initial weights soon.
 
     Metrics: `loss`, `grad_norm` (before clipping) and `learning_rate`. The state is donated.
+
+    Args:
+      loss_of: called as `loss_of(params, key, *inputs)`; inputs are trees of arrays.
+      config: the run's settings.
     """
-    rebuild, _ = split_params(model)
     rule, schedule = optimizer(config), learning_rate(config)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: dict[str, Array]):
+    def step(state: TrainState, *inputs: Any):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def loss_of(params: Params) -> Float[Array, ""]:
-            return flow_loss(
-                rebuild(params),
-                batch["video"],
-                batch["label"],
-                batch["caption"] if model.config.caption_dim else None,
-                key,
-                null_label=model.config.classes,
-                config=config.flow,
-            )
-
-        loss, gradient = jax.value_and_grad(loss_of)(state.params)
+        loss, gradient = jax.value_and_grad(loss_of)(state.params, key, *inputs)
         updates, rule_state = rule.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
+        ema = {name: decay * a + (1 - decay) * params[name] for name, a in state.ema.items()}
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(gradient),

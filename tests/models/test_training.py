@@ -25,9 +25,10 @@ from vmonarch_jax.models import (
     split_params,
 )
 from vmonarch_jax.models.checkpoint import Checkpoints
+from vmonarch_jax.models.loop import Interrupted
 from vmonarch_jax.models.metrics import MetricsCSV, plot_losses, read_csv
 from vmonarch_jax.models.step import TrainConfig, init_state, learning_rate, make_step
-from vmonarch_jax.models.train import Interrupted, train
+from vmonarch_jax.models.train import train
 
 import vmonarch_jax as vm
 

@@ -9,8 +9,9 @@ import signal
 import sys
 
 from vmonarch_jax.models import VideoDiTConfig
-from vmonarch_jax.models import train as training
+from vmonarch_jax.models.metrics import MetricsCSV
 from vmonarch_jax.models.step import TrainConfig
+from vmonarch_jax.models.train import train
 
 import vmonarch_jax as vm
 
@@ -19,15 +20,15 @@ CONFIG = TrainConfig(steps=6, batch_size=2, warmup_steps=2, save_every=2)
 
 
 def main(folder: str, kill_after: int) -> None:
-    write = training.MetricsCSV.write
+    write = MetricsCSV.write
 
     def deadly(self, step, values):
         write(self, step, values)
         if step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    training.MetricsCSV.write = deadly
-    training.train(pathlib.Path(folder), MODEL, CONFIG, attention=vm.Dense(), progress=False)
+    MetricsCSV.write = deadly
+    train(pathlib.Path(folder), MODEL, CONFIG, attention=vm.Dense(), progress=False)
 
 
 if __name__ == "__main__":
