@@ -76,7 +76,7 @@ class Entry:
         if convention == "original" and self.piece[1] > 1:
             stored = np.split(stored, self.piece[1])[self.piece[0]]
         stored = stored.reshape(self.stored)
-        return stored.transpose(self.axes or None).reshape(self.shape)
+        return stored.transpose(self.axes or range(stored.ndim)).reshape(self.shape)
 
     def theirs(self, value: np.ndarray, convention: str = "diffusers") -> np.ndarray:
         """The inverse of `ours`, for one layer; in the original convention, of one piece."""
