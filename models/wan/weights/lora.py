@@ -36,6 +36,7 @@ _ENDINGS = {
 }
 # What stands before a module's name, outermost first.
 _PREFIXES = ("base_model.model.", "model.", "transformer.", "diffusion_model.")
+_WRITTEN = {"diffusers": "transformer.", "original": "diffusion_model."}
 _KOHYA = "lora_unet_"
 _METADATA = "lora_adapter_metadata"
 
@@ -274,11 +275,14 @@ def save_lora(
       metadata: strings to keep in the file.
 
     Raises:
-      ValueError: a name is unknown or no matrix, or shapes do not fit; all are named.
+      ValueError: names are unknown or no matrices, or shapes do not fit: all are named; or the
+        convention is neither.
 
     Example:
       save_lora("style.safetensors", {"blocks.attn.q.kernel": (a, b)}, transformer_entries(config))
     """
+    if convention not in _WRITTEN:
+        raise ValueError(f"expected convention of diffusers or original, got {convention!r}")
     known = {entry.name: entry for entry in entries}
     problems = []
     for name, (a, b) in deltas.items():
@@ -294,7 +298,7 @@ def save_lora(
             problems.append(f"{name}: expected {want[0]} and {want[1]}, got {a.shape}, {b.shape}")
     if problems or not deltas:
         raise ValueError(f"{path}: " + ("\n  ".join(problems) or "expected a LoRA, got no tensors"))
-    prefix = {"diffusers": "transformer.", "original": "diffusion_model."}[convention]
+    prefix = _WRITTEN[convention]
     sources: dict[str, tuple[Any, int | None, float]] = {}
     for name, (a, b) in deltas.items():
         entry = known[name]

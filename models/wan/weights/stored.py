@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import pickle
 import struct
@@ -188,7 +189,7 @@ def write_safetensors(
     """Writes a file, one tensor at a time.
 
     Args:
-      path: the file.
+      path: the file; it appears, or is replaced, when it is complete.
       tensors: shape and dtype by key.
       read: gives the tensor of a key; called once for each, in order.
       metadata: of the file; "format": "pt" is added, which Diffusers and Transformers ask for.
@@ -206,13 +207,15 @@ def write_safetensors(
         offset = last
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # values start aligned
-    with path.open("wb") as file:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key, (shape, dtype) in tensors.items():
             value = np.asarray(read(key), dtype, order="C")
             if value.shape != tuple(shape):
                 raise ValueError(f"{key}: expected {tuple(shape)}, got {value.shape}")
             file.write(value.reshape(-1).view(np.uint8).data)
+    os.replace(unfinished, path)
 
 
 class _Refused(ValueError):
