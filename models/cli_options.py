@@ -14,6 +14,7 @@ import vmonarch_jax as vm
 
 from .labels import MOTIONS, PHOTOS
 from .layers import AttentionMethod
+from .wan.sharding import AXES
 
 METHODS = {"dense": vm.Dense, "vmonarch": vm.VMonarch, "tiled": vm.TiledMonarch}
 
@@ -29,6 +30,28 @@ def shape3(text: str) -> tuple[int, int, int]:
             f"expected FRAMESxHEIGHTxWIDTH such as 1x8x8, got {text!r}"
         )
     return shape
+
+
+def size2(text: str) -> tuple[int, int]:
+    """Reads `832x480`, width first."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 832x480, got {text!r}")
+    return width, height
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """Reads `context=4,tensor=2`: devices along some axes of a mesh."""
+    try:
+        sizes = {axis: int(size) for axis, size in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        sizes = {}
+    if not sizes or not sizes.keys() <= set(AXES):
+        raise argparse.ArgumentTypeError(f"expected AXIS=N,... of {', '.join(AXES)}, got {text!r}")
+    return sizes
 
 
 def add_fields(
@@ -51,9 +74,10 @@ def add_fields(
 
 
 def take_fields(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """Returns the values of those flags that belong to a dataclass."""
+    """Returns the values of those flags that belong to a dataclass and are not `None`."""
     names = {field.name for field in dataclasses.fields(config)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> None:

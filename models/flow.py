@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Callable
 
 import jax
@@ -63,16 +65,36 @@ def interpolate(
     return (1 - weight) * video + weight * noise, noise - video
 
 
-def sample_times(key: Key[Array, ""], batch: int, config: FlowConfig) -> Float[Array, " batch"]:
+def sample_times(
+    key: Key[Array, ""], batch: int, config: FlowConfig, span: tuple[float, float] = (0.0, 1.0)
+) -> Float[Array, " batch"]:
     """Draws shifted logit-normal times, one from each of `batch` slices of equal probability.
 
     Each time alone has exactly that distribution; together they always cover all of it, which
     takes much of the noise out of the gradient of a small batch.
+
+    Args:
+      key: of the draw.
+      batch: how many.
+      config: the distribution.
+      span: least and greatest time; the distribution is that of the times between them.
     """
     u = (jnp.arange(batch) + jax.random.uniform(key, (batch,), minval=1e-6)) / batch
+    if span != (0.0, 1.0):
+        low, high = (_share_below(time, config) for time in span)
+        u = low + (high - low) * u
     normal = jax.scipy.special.ndtri(jnp.minimum(u, 1 - 1e-6))
     t = jax.nn.sigmoid(config.logit_mean + config.logit_std * normal)
     return shift_time(t, config.shift)
+
+
+def _share_below(time: float, config: FlowConfig) -> float:
+    """The share of the drawn times that are below one."""
+    if not 0 < time < 1:
+        return float(time >= 1)
+    even = time / (config.shift - (config.shift - 1) * time)  # the inverse of shift_time
+    logit = math.log(even / (1 - even))
+    return statistics.NormalDist(config.logit_mean, config.logit_std).cdf(logit)
 
 
 def flow_loss(

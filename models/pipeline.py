@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -51,14 +51,22 @@ class MotionVideos:
         return {"video": video, "label": np.int32(motion), "caption": caption}
 
 
+class Source(Protocol):
+    """Items by index, each a dict of arrays; the same index always gives the same item."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
 def batches(
-    source: MotionVideos, *, batch_size: int, seed: int = 0, workers: int = 0
+    source: Source, *, batch_size: int, seed: int = 0, workers: int = 0
 ) -> grain.DatasetIterator[dict[str, Any]]:
     """Returns an endless, shuffled, checkpointable iterator of batches.
 
     Args:
-      source: where the videos come from.
-      batch_size: videos a batch; an epoch's last, short batch is dropped.
+      source: where the items come from.
+      batch_size: items a batch; an epoch's last, short batch is dropped.
       seed: seed of the shuffle, drawn anew every epoch.
       workers: processes that render; 0 renders in this one, with two threads that run ahead.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from .dit import VideoDiT
@@ -143,16 +144,30 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def init_state(params: Params, config: TrainConfig) -> TrainState:
-    """Returns the state before the first step; the average starts at the parameters."""
+    """Returns the state before the first step; the average starts at the parameters.
 
-    @jax.jit
+    What the optimizer keeps of a parameter lies where the parameter lies.
+    """
+
     def make(params: Params) -> TrainState:
         # a step donates the whole state, so it may share no buffer within itself or with the caller
         own, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
         ema = ema if config.ema_decay else {}
         return TrainState(jnp.int32(0), own, ema, optimizer(config).init(params))
 
-    return make(params)
+    places = {name: getattr(value, "sharding", None) for name, value in params.items()}
+    if not any(isinstance(place, NamedSharding) for place in places.values()):
+        return jax.jit(make)(params)
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        name = getattr(path[-1], "key", None)
+        if name in params and leaf.shape == params[name].shape:
+            return places[name]
+        return NamedSharding(mesh, PartitionSpec())
+
+    mesh = next(place.mesh for place in places.values() if isinstance(place, NamedSharding))
+    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, params))
+    return jax.jit(make, out_shardings=shardings)(params)
 
 
 def make_step(
