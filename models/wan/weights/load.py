@@ -21,7 +21,7 @@ from .restore import restore_params
 from .stored import Stored, Tensor
 
 # Of a tensor's bytes copied at once: files are read forwards even where the copy transposes.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 # XLA takes host memory over without a copy, on a CPU, where it is aligned so.
 _ALIGNMENT = 64
 
@@ -191,4 +191,5 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
     target, source = np.moveaxis(target, outer, 0), np.moveaxis(source, outer, 0)
     rows = max(1, _BLOCK * len(source) // source.nbytes)
     for first in range(0, len(source), rows):
-        target[first : first + rows] = source[first : first + rows]
+        block = source[first : first + rows].astype(target.dtype, copy=False)
+        target[first : first + rows] = block
