@@ -121,17 +121,15 @@ def _groups(line: str, devices: int) -> np.ndarray:
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?(, |$)", line):
         return np.array([int(n) for n in re.findall(r"\d+", pairs[1])]).reshape(-1, 2)
     if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, count, order = (
-            [int(n) for n in (part or "").split(",") if n] for part in counted.groups()
-        )
-        ids = np.arange(math.prod(count)).reshape(count)
-        return (ids.transpose(order) if order else ids).reshape(shape)
-    if named := re.search(r"replica_groups=(?:@?\w*)mesh\[(.*?)\]\s*\{(.*?)\}", line):
+        return _counted(_numbers(counted[2]), counted[3]).reshape(_numbers(counted[1]))
+    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if named := re.search(rf"replica_groups=mesh\[(.*?)\]{ids} \{{(.*?)\}}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        chosen = re.findall(r"'(\w+)'", named[2])
-        if ":(" in named[2] or "device_ids=(" in line:
+        chosen = re.findall(r"'(\w+)'", named[4])
+        if ":(" in named[4]:
             raise NotImplementedError(f"expected groups along whole axes, got {named[0]}")
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        count = _numbers(named[2]) or [math.prod(sizes.values())]
+        ids = _counted(count, named[3]).reshape(list(sizes.values()))
         where = [list(sizes).index(name) for name in chosen]
         ids = np.moveaxis(ids, where, range(-len(where), 0))
         return ids.reshape(-1, math.prod(sizes[name] for name in chosen))
@@ -140,6 +138,16 @@ def _groups(line: str, devices: int) -> np.ndarray:
     if not groups:  # none given: all of them
         return np.arange(devices)[None]
     return np.array([[int(n) for n in group.split(",")] for group in groups])
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(n) for n in (text or "").split(",") if n]
+
+
+def _counted(shape: list[int], order: str | None) -> np.ndarray:
+    """The devices in turn, reshaped and transposed: `[4,2]T(1,0)`."""
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(order)) if order else ids
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

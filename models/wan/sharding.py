@@ -9,6 +9,7 @@ the devices then have to say to each other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 
 import vmonarch_jax as vm
 
+from ..params import Model, split_params
 from .weights.entry import Entry
 
 #: Axes of the mesh, outermost first: neighbours along `tensor` talk the most.
@@ -182,6 +184,32 @@ class Sharding:
             found[entry.name] = self._placed(self.spec(names, "params"))
         return found
 
+    def gather(self, module: Model, entries: Iterable[Entry], under: str = "") -> Model:
+        """The module with parameters laid out for computing: whole along axes that only store them.
+
+        Left to itself the compiler may rather move activations to where the parameters lie.
+        Gradients go back to where these lie. Parameters that stack layers stay as they are: gather
+        those of one layer where it runs.
+
+        Args:
+          module: whose parameters have the entries' names behind `under`; others are left alone.
+          entries: of the whole model.
+          under: such as "blocks.", where the module is one layer of the model's blocks.
+        """
+        logical = {entry.name: entry.logical for entry in entries}
+
+        def laid_out(name: str, value: Array) -> Array:
+            names = logical.get(under + name, ())
+            if len(names) == value.ndim + 1:
+                names = names[1:]
+            elif not names or names[0] == "layers":
+                return value
+            there, here = self.spec(names), self.spec(names, "params")
+            return _moved(value, self._placed(there), self._placed(here))
+
+        rebuild, params = split_params(module)
+        return rebuild({name: laid_out(name, value) for name, value in params.items()})
+
     def attend(
         self,
         method: Any,
@@ -258,6 +286,28 @@ class Sharding:
 
     def _placed(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: Array, there: NamedSharding, here: NamedSharding) -> Array:
+    """`x` laid out as `there`; its gradient as `here`."""
+    del here
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+def _moved_forward(x, there, here):
+    return _moved(x, there, here), None
+
+
+def _moved_backward(there, here, saved, gradient):
+    del saved
+    # First as the parameter was used: the sum over tokens ends there, and no activation is moved
+    # to where the parameter lies. The compiler joins the sum and the cut (reduce-scatter).
+    gradient = jax.lax.with_sharding_constraint(gradient, there)
+    return (jax.lax.with_sharding_constraint(gradient, here),)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def _padded(x: Array, ways: int) -> Array:

@@ -19,6 +19,7 @@ from ..dit import unpatchify
 from .attention import Attend, CrossAttention, SelfAttention
 from .config import TransformerConfig
 from .embeddings import ImageEmbedding, PatchEmbedding, TextEmbedding, TimeEmbedding, rope_tables
+from .keys_transformer import transformer_entries
 from .transformer_layers import LayerNorm, Linear, OneDevice, Placement, layer_norm
 
 #: One method for all layers, or one for each.
@@ -152,18 +153,28 @@ class WanTransformer(nnx.Module):
         config, methods = self.config, self.methods(attention)
         place = OneDevice() if sharding is None else sharding
         grid = self._check(latents, time, text, image)
-        dtype = config.compute_dtype
+        whole = place.gather(self, transformer_entries(config))
+        return whole._run(latents, time, text, image, methods, grid, place)
+
+    def _run(self, latents, time, text, image, methods, grid, place: Placement):
+        config, dtype = self.config, self.config.compute_dtype
         state, shared = self.time(time.reshape(len(time), -1))
+        times = "seq" if state.shape[1] == grid.tokens else None
+        state = place.constrain(state, "batch", times, None)
+        shared = place.constrain(shared, "batch", times, None, None)
         text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
-        text = self.text(text.astype(dtype))
-        image = None if image is None else self.image(image.astype(dtype))
+        text = place.constrain(self.text(text.astype(dtype)), "batch", "text", None)
+        if image is not None:
+            image = place.constrain(self.image(image.astype(dtype)), "batch", "text", None)
         rope = rope_tables(grid, config.head_dim, config.rope_theta)
         rope = tuple(place.constrain(table, "seq", None) for table in rope)
         x = place.constrain(self.patch(latents.astype(dtype)), "batch", "seq", None)
         x = self._scan(x, shared, text, image, rope, methods, grid, place)
         shift, scale = _parts(state[:, :, None], self.modulation, grid.tokens)
         x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(dtype)
-        return unpatchify(self.out(x).astype(jnp.float32), config.patch, grid)
+        # A video's tokens come together before they are put back into frames.
+        x = place.constrain(self.out(x).astype(jnp.float32), "batch", None, None)
+        return unpatchify(x, config.patch, grid)
 
     def methods(self, attention: Methods | None = None) -> tuple[vm.Attention, ...]:
         """The attention method of each layer, given what a call overrides.
@@ -183,6 +194,7 @@ class WanTransformer(nnx.Module):
 
     def _scan(self, x, shared, text, image, rope, methods, grid, place: Placement):
         graph, stacked = nnx.split(self.blocks)
+        entries = transformer_entries(self.config)
         kinds = list(dict.fromkeys(methods))
         kind_of_layer = np.array([kinds.index(method) for method in methods], np.int32)
 
@@ -191,7 +203,8 @@ class WanTransformer(nnx.Module):
                 calls = [functools.partial(place.attend, m, grid=grid) for m in kinds]
                 return jax.lax.switch(kind, calls, q, k, v) if len(calls) > 1 else calls[0](q, k, v)
 
-            return nnx.merge(graph, state)(x, shared, text, image, rope, attend, place)
+            block = place.gather(nnx.merge(graph, state), entries, "blocks.")
+            return block(x, shared, text, image, rope, attend, place)
 
         layer = _remat(layer, self.config.remat)
         return jax.lax.scan(lambda x, of: (layer(x, *of), None), x, (stacked, kind_of_layer))[0]

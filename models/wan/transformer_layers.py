@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -10,12 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ..params import Model
+from .weights.entry import Entry
+
 
 class Placement(Protocol):
     """Where the arrays of a forward pass live; on a mesh, `sharding.Sharding`."""
 
     def constrain(self, x: Array, *logical: str | None) -> Array:
         """`x`, placed by one logical name, or `None`, for each of its axes."""
+        ...
+
+    def gather(self, module: Model, entries: Iterable[Entry], under: str = "") -> Model:
+        """`module` with its parameters laid out for computing; `under` is before their names."""
         ...
 
     def attend(self, method: Any, q: Array, k: Array, v: Array, grid: Any) -> Array:
@@ -31,15 +38,20 @@ class OneDevice:
         del logical
         return x
 
+    def gather(self, module: Model, entries: Iterable[Entry], under: str = "") -> Model:
+        """`module` itself."""
+        del entries, under
+        return module
+
     def attend(self, method: Any, q: Array, k: Array, v: Array, grid: Any) -> Array:
         """What the method says."""
         return method(q, k, v) if grid is None else method(q, k, v, grid=grid)
 
 
 def kernel(rngs: nnx.Rngs, shape: Sequence[int], inputs: int, param_dtype: Any) -> nnx.Param:
-    """A random kernel: one over the root of the inputs; in use, stored weights replace it."""
-    draw = jax.random.truncated_normal(rngs.params(), -2, 2, tuple(shape), jnp.float32)
-    return nnx.Param((draw * inputs**-0.5).astype(param_dtype))
+    """A random kernel, uniform, of variance one over `inputs`; stored weights replace it."""
+    draw = jax.random.uniform(rngs.params(), tuple(shape), jnp.float32, -1, 1)
+    return nnx.Param((draw * (3 / inputs) ** 0.5).astype(param_dtype))
 
 
 class Linear(nnx.Module):
