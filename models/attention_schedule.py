@@ -92,6 +92,22 @@ class AttentionSchedule:
 Attention = AttentionMethod | Sequence[AttentionMethod] | AttentionSchedule
 
 
+def runs_of(
+    attention: Attention, steps: int, layers: int
+) -> list[tuple[int, int, tuple[AttentionMethod, ...]]]:
+    """`AttentionSchedule.runs` of whatever a sampler takes as `attention=`.
+
+    Raises:
+      ValueError: not as many methods as layers, or as `AttentionSchedule.at`.
+    """
+    if isinstance(attention, AttentionSchedule):
+        return attention.runs(steps, layers)
+    methods = tuple(attention) if isinstance(attention, Sequence) else (attention,) * layers
+    if len(methods) != layers:
+        raise ValueError(f"expected {layers} attention methods, got {len(methods)}")
+    return [(0, steps, methods)]
+
+
 def _count_from_start(
     overrides: Mapping[int, AttentionMethod] | _Overrides, length: int, what: str
 ) -> dict[int, AttentionMethod]:

@@ -23,6 +23,11 @@ from .pictures import save_gif, save_strip
 from .sampler import SOLVERS, sample
 from .step import OPTIMIZERS, TrainConfig
 from .train import train
+from .wan.finetune.command import add_wan_options, check_no_wan_options, run_wan
+from .wan.generate.command import add_generate
+
+# Of tuning a small model.
+_TUNING = {"steps": 300, "learning_rate": 2e-4, "warmup_steps": 20}
 
 
 def _add_run(parser: argparse.ArgumentParser, attention: str = "dense", **defaults: float) -> None:
@@ -64,11 +69,27 @@ def add_train(commands) -> None:
 def add_finetune(commands) -> None:
     """`vmonarch finetune`: trained weights, another attention method, a few hundred steps."""
     parser = commands.add_parser("finetune", help="tune a trained model to another attention")
-    parser.add_argument(
-        "--from", dest="source", type=pathlib.Path, required=True, help="exported model"
-    )
-    _add_run(parser, attention="vmonarch", steps=300, learning_rate=2e-4, warmup_steps=20)
-    parser.set_defaults(run=lambda args: _run(args, *load_params(args.source)))
+    way = parser.add_mutually_exclusive_group(required=True)
+    folder = {"type": pathlib.Path, "metavar": "DIR"}
+    way.add_argument("--from", dest="source", **folder, help="exported model of this package")
+    way.add_argument("--weights", **folder, help="weights of a Wan model; see below")
+    _add_run(parser, attention="vmonarch", **_TUNING)
+    add_wan_options(parser)
+    # `None`: not given, because the two ways have defaults of their own
+    fields = (*dataclasses.fields(TrainConfig), *dataclasses.fields(FlowConfig))
+    parser.set_defaults(workers=None, **{field.name: None for field in fields})
+    parser.set_defaults(optimizer="adamw", schedule="cosine", run=_run_finetune)
+
+
+def _run_finetune(args: argparse.Namespace) -> None:
+    if args.weights is not None:
+        run_wan(args)
+        return
+    check_no_wan_options(args)
+    for name, value in {"workers": 0, **_TUNING}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    _run(args, *load_params(args.source))
 
 
 def add_sample(commands) -> None:
@@ -129,4 +150,4 @@ def _run_explain(args: argparse.Namespace) -> None:
 
 
 #: What `vmonarch` offers, in the order of its help.
-COMMANDS = (add_train, add_finetune, add_sample, add_demo, add_explain)
+COMMANDS = (add_train, add_finetune, add_sample, add_demo, add_generate, add_explain)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from .attention_schedule import Attention, AttentionSchedule
+from .attention_schedule import Attention, runs_of
 from .dit import VideoDiT
 from .flow import guide, shift_time
 
@@ -122,11 +122,8 @@ def sample(
     x, begin = start
     times = time_steps(steps, shift, begin)
     graph, state = nnx.split(model)
-    if isinstance(attention, AttentionSchedule):
-        runs = attention.runs(steps, model.config.depth)
-    else:
-        runs = [(0, steps, model.methods(attention))]
-    for first, end, methods in runs:
+    attention = model.attention if attention is None else attention
+    for first, end, methods in runs_of(attention, steps, model.config.depth):
         call = functools.partial(
             _follow, graph, methods, solver, guidance != 1, state,
             guidance=jnp.float32(guidance), label=label, caption=caption,

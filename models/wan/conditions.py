@@ -1,0 +1,137 @@
+"""What a video is conditioned on: states of the texts, and what an image adds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+from ..params import Params, split_params
+from .clip import preprocess_image
+from .config import VAEConfig, WanConfig
+from .umt5 import embed_text
+from .vae import WanVAE
+
+
+class Conditions(NamedTuple):
+    """All that the denoising steps see beside latents and time; float32, `None` where not used.
+
+    Attributes:
+      text: states of the prompts.
+      negative: states of the negative prompt, one for each; `None`: no guidance.
+      image: states of the image encoder (Wan2.1).
+      beside: channels beside the latents' own: which frames are given, and the latents of a video
+        that starts with the image and goes on in grey.
+      first: the first latent frame, which is held fixed at time 0 (TI2V-5B).
+    """
+
+    text: Float[Array, "batch length text_dim"]
+    negative: Float[Array, "batch length text_dim"] | None = None
+    image: Float[Array, "batch n image_dim"] | None = None
+    beside: Float[Array, "batch t h w extra"] | None = None
+    first: Float[Array, "batch 1 h w channels"] | None = None
+
+
+def text_states(
+    encoder: Any, tokenizer: Any, texts: Sequence[str]
+) -> Float[Array, "batch length text_dim"]:
+    """The states of some texts, zero behind each one's end.
+
+    Raises:
+      ValueError: a text is too long; nothing is cut off.
+    """
+    check_texts(tokenizer, texts)
+    tokens, mask = tokenizer.encode(texts)
+    return _embed(*nnx.split(encoder), tokens, mask)
+
+
+def check_texts(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Raises `ValueError` if a text is longer than the text encoder takes."""
+    for text in texts:
+        try:
+            tokenizer.check(text)
+        except ValueError as error:
+            raise ValueError(f"{text[:40]!r}...: {error}") from error
+
+
+def image_states(
+    encoder: Any, pixels: UInt8[np.ndarray, "height width 3"]
+) -> Float[Array, "1 n image_dim"]:
+    """The states of an image."""
+    square = preprocess_image(pixels, encoder.config.size)
+    return _apply(*nnx.split(encoder), square[None])
+
+
+def fit_image(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
+    """The image at a size: scaled to cover it, and cut in the middle where its shape is another."""
+    width, height = size
+    image = image.convert("RGB")
+    scale = max(width / image.width, height / image.height)
+    wide, high = (max(low, round(n * scale)) for n, low in zip(image.size, size, strict=True))
+    image = image.resize((wide, high), Image.Resampling.LANCZOS)
+    left, top = (wide - width) // 2, (high - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def first_frame(vae: Any, pixels: UInt8[np.ndarray, "height width 3"]) -> Array:
+    """The latent frame of an image: `[1, 1, h, w, channels]`."""
+    return _encode(vae.config, split_params(vae)[1], _normalised(pixels)[None, None])
+
+
+def beside_channels(
+    vae: Any, pixels: UInt8[np.ndarray, "height width 3"], frames: int
+) -> Float[Array, "1 t h w extra"]:
+    """Mask and latents of a video of which the first frame is given.
+
+    The mask has a channel for each frame of pixels in a latent frame: ones in the first latent
+    frame, zeros after. The other frames are grey, which is zero.
+    """
+    video = jnp.zeros((1, frames, *pixels.shape)).at[0, 0].set(_normalised(pixels))
+    latents = _encode(vae.config, split_params(vae)[1], video)
+    mask = jnp.zeros((*latents.shape[:-1], vae.config.strides[0])).at[:, 0].set(1)
+    return jnp.concatenate([mask, latents], axis=-1)
+
+
+def rebuild_vae(config: VAEConfig, params: Params) -> WanVAE:
+    """The autoencoder of some parameters; Flax's convolutions make no hashable graph to go by."""
+    abstract = nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    return split_params(abstract)[0](params)
+
+
+def check_image(config: WanConfig, image: object) -> None:
+    """Raises `ValueError` if the model needs an image and has none, or has no use for one."""
+    if image is None and config.needs_image:
+        raise ValueError(f"{config.name} makes a video from an image: expected one, got none")
+    if image is not None and not config.takes_image:
+        raise ValueError(f"{config.name} makes videos from text alone: expected no image, got one")
+    if config.transformer.image_positions:
+        raise ValueError(
+            f"{config.name} makes a video between a first and a last image, "
+            "which is not supported: expected a model of one image"
+        )
+
+
+def _normalised(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(config: VAEConfig, params: Params, video: Array) -> Array:
+    return rebuild_vae(config, params).encode(video)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graph: Any, state: Any, tokens: Array, mask: Array) -> Array:
+    return embed_text(nnx.merge(graph, state), tokens, mask).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graph: Any, state: Any, pixels: Array) -> Array:
+    return nnx.merge(graph, state)(pixels).astype(jnp.float32)

@@ -1,0 +1,126 @@
+"""The `generate` subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from ... import cli_options as options
+from ...attention_schedule import Attention, AttentionSchedule
+from ..samplers import SAMPLERS
+from ..sharding import AXES
+from .run import Job, generate, plan
+
+# Flags that a request takes; what is not given is the model's own.
+_REQUEST = (
+    "negative_prompt", "size", "frames", "steps", "guidance", "guidance_low", "shift", "sampler",
+    "seed",
+)  # fmt: skip
+
+
+def add_generate(commands) -> None:
+    """`vmonarch generate`: a video from a prompt by a Wan model, under any attention method."""
+    parser = commands.add_parser("generate", help="make a video with a Wan model")
+    folder = pathlib.Path
+    parser.add_argument("--weights", type=folder, required=True, metavar="DIR")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    parser.add_argument("--image", type=folder, metavar="FILE", help="the first frame")
+    parser.add_argument("--out", type=folder, default=folder("video.mp4"), metavar="FILE")
+    group = parser.add_argument_group("video (default: as the model's authors sample it)")
+    group.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT")
+    group.add_argument("--frames", type=int, metavar="N")
+    group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    group.add_argument("--guidance", type=float, metavar="W", help="1 is none, at half the cost")
+    group.add_argument("--guidance-low", type=float, metavar="W", help="of the expert of low noise")
+    group.add_argument("--shift", type=float, metavar="S", help="of the noise levels")
+    group.add_argument("--sampler", choices=SAMPLERS, help="default unipc")
+    group.add_argument("--seed", type=int, metavar="N", help="default 0")
+    options.add_attention(parser, "vmonarch")
+    parser.add_argument(
+        "--dense-steps", type=int, default=0, metavar="N", help="first steps under dense attention"
+    )
+    parser.add_argument(
+        "--dense-layers", type=_numbers, default=(), metavar="N,N",
+        help="layers under dense attention; negative ones count from the end",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare", choices=options.METHODS, metavar="METHOD",
+        help="make the video under this method too, write both side by side, and report PSNR, "
+        "SSIM and the certificate of each layer",
+    )  # fmt: skip
+    parser.add_argument("--png", action="store_true", help="write the frames as PNG files too")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16"
+    )
+    parser.add_argument(
+        "--two-calls", action="store_true", help="guidance in two calls, in half the memory"
+    )
+    parser.add_argument(
+        "--mesh", type=_mesh, metavar="AXIS=N,...", help=f"devices along {', '.join(AXES)}"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be loaded, the memory and the FLOPs"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    given = {name: getattr(args, name) for name in _REQUEST}
+    job = Job(
+        weights=args.weights,
+        request={"prompt": args.prompt} | {n: v for n, v in given.items() if v is not None},
+        out=args.out,
+        attention=_attention(args),
+        image=args.image,
+        dtype=args.dtype,
+        batched=not args.two_calls,
+        mesh=args.mesh,
+        compare=None if args.compare is None else options.METHODS[args.compare](),
+        frames=args.png,
+        resume=args.resume,
+    )
+    if args.dry_run:
+        print(plan(job))
+        return
+    metadata = generate(job)
+    print(f"{job.out} in {metadata['seconds']} s under {job.attention}")
+
+
+def _attention(args: argparse.Namespace) -> Attention:
+    method = options.attention_of(args)
+    if not args.dense_steps and not args.dense_layers:
+        return method
+    dense = options.METHODS["dense"]()
+    return AttentionSchedule(
+        method, warmup_steps=args.dense_steps, warmup=dense,
+        layers=tuple((layer, dense) for layer in args.dense_layers),
+    )  # fmt: skip
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 832x480, got {text!r}")
+    return width, height
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0,1, got {text!r}") from None
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        sizes = {axis: int(size) for axis, size in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        sizes = {}
+    if not sizes or not sizes.keys() <= set(AXES):
+        raise argparse.ArgumentTypeError(f"expected AXIS=N,... of {', '.join(AXES)}, got {text!r}")
+    return sizes

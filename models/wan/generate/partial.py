@@ -1,0 +1,117 @@
+"""What an interrupted run leaves behind: a folder from which it goes on, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...demo.files import replacing, write_json
+from ..conditions import Conditions
+from ..samplers import Sampler
+
+
+class Partial:
+    """The folder `<out>.partial` of a run.
+
+    Args:
+      folder: the folder.
+      identity: JSON values on which the result depends; a folder of other values is not gone on
+        from.
+
+    Raises:
+      ValueError: the folder is of another run, or is there and `resume` is not set.
+    """
+
+    def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], resume: bool) -> None:
+        self.folder = folder
+        self.identity = json.loads(json.dumps(identity))
+        if not folder.exists():
+            return
+        if not resume:
+            raise ValueError(
+                f"{folder} is left of an interrupted run: expected --resume to go on from there, "
+                "or no such folder to begin anew"
+            )
+        stored = _read_json(folder / "run.json")
+        other = sorted(
+            name
+            for name in self.identity.keys() | stored.keys()
+            if self.identity.get(name) != stored.get(name)
+        )
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"{folder} is left of another run: expected {name} of {stored.get(name)!r}, "
+                f"got {self.identity.get(name)!r}"
+            )
+
+    def begin(self) -> None:
+        """Makes the folder; called when the slow work begins."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "run.json", self.identity)
+
+    def conditions(self) -> Conditions | None:
+        """What `keep_conditions` kept, or `None`."""
+        arrays = _read(self.folder / "conditions.npz")
+        return None if arrays is None else Conditions(**arrays)
+
+    def keep_conditions(self, conditions: Conditions) -> None:
+        """Keeps the states of texts and image."""
+        arrays = conditions._asdict().items()
+        _write(
+            self.folder / "conditions.npz", {n: np.asarray(a) for n, a in arrays if a is not None}
+        )
+
+    def state(self, name: str, sampler: Sampler) -> tuple[int, Any] | None:
+        """The step and the sampler's state that `keep_state` kept last, or `None`."""
+        arrays = _read(self.folder / f"{name}.npz")
+        if arrays is None:
+            return None
+        step = int(arrays.pop("step"))
+        return step, type(sampler.init(np.zeros(1)))(**arrays)
+
+    def keep_state(self, name: str, step: int, state: Any) -> None:
+        """Keeps the sampler's state after a step; the last one is there until this one is whole."""
+        arrays = {field: np.asarray(array) for field, array in state._asdict().items()}
+        _write(self.folder / f"{name}.npz", {"step": np.int64(step), **arrays})
+
+    def certificate(self) -> list[dict[str, float]]:
+        """What `keep_certificate` kept, or none."""
+        path = self.folder / "certificate.json"
+        return list(json.loads(path.read_text("utf-8"))) if path.is_file() else []
+
+    def keep_certificate(self, certificate: list[dict[str, float]]) -> None:
+        """Keeps the certificate of each layer."""
+        write_json(self.folder / "certificate.json", certificate)
+
+    def remove(self) -> None:
+        """Removes the folder, when the video is there."""
+        shutil.rmtree(self.folder)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected the settings of a run, got none") from error
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected kept arrays, got a damaged file") from error
+
+
+def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with replacing(path) as partial:
+        np.savez(partial, **arrays)

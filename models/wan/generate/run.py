@@ -1,0 +1,241 @@
+"""`vmonarch generate`: checks first, then text, denoising and decoding, each with its time left."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+import vmonarch_jax as vm
+
+from ...attention_schedule import Attention, runs_of
+from ...demo.files import write_json
+from ...demo.measure import likeness
+from ...demo.progress import phase
+from ..conditions import check_image, check_texts, fit_image
+from ..pipeline import WanPipeline, with_dtype
+from ..request import Request
+from ..sharding import Sharding, make_mesh
+from ..weights.detect import Found, detect
+from .compare import certified_step, certify, describe
+from .output import save_frames, save_mp4
+from .partial import Partial
+from .plan import Plan, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What `vmonarch generate` is asked to do.
+
+    Attributes:
+      weights: folder of the model.
+      request: prompt and so on; what is not given is the model's own (`Request.of`).
+      out: the MP4 file.
+      attention: of the denoising steps.
+      image: the first frame, or `None`.
+      dtype: "bfloat16" or "float32".
+      batched: guidance in one call on a doubled batch.
+      mesh: devices along data, fsdp, context and tensor; `None`: one device.
+      compare: a method whose video is made too and written beside, or `None`.
+      frames: whether to write PNG frames too.
+      resume: whether to go on with an interrupted run.
+    """
+
+    weights: pathlib.Path
+    request: Mapping[str, Any]
+    out: pathlib.Path
+    attention: Attention
+    image: pathlib.Path | None = None
+    dtype: str = "bfloat16"
+    batched: bool = True
+    mesh: Mapping[str, int] | None = None
+    compare: Attention | None = None
+    frames: bool = False
+    resume: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A job whose every input was found good."""
+
+    job: Job
+    found: Found
+    request: Request
+    pixels: np.ndarray | None
+    pipeline: WanPipeline
+
+    @property
+    def config(self):
+        return self.pipeline.config
+
+    def identity(self) -> dict[str, Any]:
+        """All that the result depends on, as JSON values."""
+        image = None
+        if self.pixels is not None:
+            image = hashlib.sha256(np.ascontiguousarray(self.pixels)).hexdigest()
+        return {
+            "model": self.config.name,
+            "weights": self.found.folder.resolve().name,
+            **dataclasses.asdict(self.request),
+            "attention": str(self.job.attention),
+            "compare": None if self.job.compare is None else str(self.job.compare),
+            "image": image,
+            "dtype": self.job.dtype,
+            "batched": self.job.batched,
+            "vmonarch_jax": vm.__version__,
+            "jax": jax.__version__,
+        }
+
+
+def plan(job: Job) -> Plan:
+    """What a job would take; reads no weights.
+
+    Raises:
+      ValueError: something about it is wrong.
+    """
+    ready = _check(job)
+    return make_plan(
+        ready.found, ready.config, ready.request, job.attention, job.batched,
+        ready.pixels is not None,
+    )  # fmt: skip
+
+
+def generate(job: Job) -> dict[str, Any]:
+    """Makes the video; returns the metadata that is written with it.
+
+    Raises:
+      ValueError: something about the job is wrong; found out before anything slow.
+      KeyboardInterrupt: the finished steps are kept, and a job with `resume` goes on from there.
+    """
+    ready = _check(job)
+    partial = Partial(_partial_folder(job.out), ready.identity(), job.resume)
+    partial.begin()
+    began = time.perf_counter()
+    pipeline, request = ready.pipeline, ready.request
+    conditions = partial.conditions()
+    if conditions is None:
+        with phase("reading text and image", 1) as bar:
+            conditions = jax.block_until_ready(pipeline.conditions(request, ready.pixels))
+            bar.update()
+        partial.keep_conditions(conditions)
+    latents, certificate = _denoise(ready, partial, conditions, "main", job.attention)
+    others = None
+    if job.compare is not None:
+        others, _ = _denoise(ready, partial, conditions, "compare", job.compare)
+    with phase("decoding", 1 + (others is not None)) as bar:
+        video = np.asarray(pipeline.decode(latents))[0]
+        bar.update()
+        if others is not None:
+            other = np.asarray(pipeline.decode(others))[0]
+            bar.update()
+    pipeline.free()
+    metadata = ready.identity() | {
+        "prompt": request.prompt[0],
+        "fps": ready.config.fps,
+        "seconds": round(time.perf_counter() - began, 1),
+        "device": jax.devices()[0].device_kind,
+    }
+    written = video
+    if others is not None:
+        psnr, ssim = likeness(video[None], other[None])
+        metadata |= {"psnr": psnr, "ssim": ssim, "certificate": certificate}
+        print(describe(certificate, psnr, ssim))
+        written = np.concatenate([video, other], axis=2)
+    save_mp4(job.out, written, ready.config.fps, metadata)
+    write_json(job.out.with_suffix(".json"), metadata)
+    if job.frames:
+        save_frames(job.out.with_suffix(""), written, metadata)
+    partial.remove()
+    return metadata
+
+
+def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: Attention):
+    """The latents under one method, and for the main one its certificate where it is asked for."""
+    job, request, pipeline = ready.job, ready.request, ready.pipeline
+    start = partial.state(name, request.sampler_value())
+    done = 0 if start is None else start[0]
+    noise = pipeline.noise(request)
+    layers = ready.config.transformer.layers
+    wanted = job.compare is not None and name == "main"
+    at = certified_step(attention, request.steps, layers)
+    certificate: list[dict[str, float]] = partial.certificate() if wanted else []
+
+    def look(step: int, state: Any) -> None:
+        if wanted and not certificate and step == at:
+            certificate.extend(
+                certify(pipeline, request, conditions, at, state, attention, job.batched)
+            )
+            partial.keep_certificate(certificate)
+
+    title = "denoising" if name == "main" else f"denoising under {attention}"
+    with phase(title, request.steps) as bar:
+        bar.update(done)
+
+        def on_step(step: int, state: Any) -> None:
+            jax.block_until_ready(state)
+            partial.keep_state(name, step, state)
+            bar.update()
+            if step < request.steps:
+                look(step, state)
+
+        try:
+            look(done, request.sampler_value().init(noise) if start is None else start[1])
+            latents = pipeline.denoise(
+                request, conditions, noise, attention=attention, batched=job.batched,
+                start=start, on_step=on_step,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print(
+                f"\nstopped; {partial.folder} keeps the finished steps, and --resume goes on from "
+                "there",
+                file=sys.stderr,
+            )
+            raise
+    return latents, certificate
+
+
+def _check(job: Job) -> _Ready:
+    """Finds every mistake that can be found without reading weights."""
+    found = detect(job.weights)
+    found.require(*found.required)
+    config = with_dtype(found.config, job.dtype)
+    found = dataclasses.replace(found, config=config)
+    request = Request.of(config, **job.request)
+    if len(request.prompt) != 1:
+        raise ValueError(f"expected one prompt, got {len(request.prompt)}")
+    grid, layers = request.grid(config), config.transformer.layers
+    for _, _, methods in runs_of(job.attention, request.steps, layers):
+        for method in set(methods):
+            vm.flops.attention(method, grid)  # its shapes must fit the grid
+    check_image(config, job.image)
+    pixels = None if job.image is None else fit_image(_read_image(job.image), request.size)
+    if job.out.suffix != ".mp4":
+        raise ValueError(f"expected an --out that ends in .mp4, got {job.out}")
+    if job.out.is_dir():
+        raise ValueError(f"expected --out to be a file, got the folder {job.out}")
+    placement = None if job.mesh is None else Sharding(make_mesh(**job.mesh))
+    pipeline = WanPipeline.open(found, job.dtype, placement)
+    texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
+    check_texts(pipeline.tokenizer, texts)
+    return _Ready(job, found, request, pixels, pipeline)
+
+
+def _partial_folder(out: pathlib.Path) -> pathlib.Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _read_image(path: pathlib.Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected an image, got no such file") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path}: expected an image, got a file that is none") from error

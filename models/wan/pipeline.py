@@ -1,0 +1,297 @@
+"""From a prompt to a video: text, image, denoising, decoding, one large part at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from ..attention_schedule import Attention, AttentionSchedule
+from ..params import split_params
+from .conditions import (
+    Conditions,
+    beside_channels,
+    check_image,
+    check_texts,
+    first_frame,
+    image_states,
+    rebuild_vae,
+    text_states,
+)
+from .config import WanConfig
+from .guidance import guided
+from .request import Request
+from .sharding import Sharding
+from .tokenizer import WanTokenizer
+from .weights.detect import Found, detect
+from .weights.load import load_part
+
+#: Gives a part by name: "transformer", "transformer_2", "vae", "text_encoder", "image_encoder".
+Loader = Callable[[str], nnx.Module]
+
+#: `on_step(n, state)` after step n, from 1 on, with all that the sampler carries.
+OnStep = Callable[[int, Any], None]
+
+
+class WanPipeline:
+    """A Wan model with all its parts, of which at most one is held at a time.
+
+    The text encoder is freed before the transformer is loaded, and the expert of high noise before
+    that of low noise, so a device needs the memory of the largest part and not of all of them.
+
+    Args:
+      config: the model.
+      parts: the parts by name, or what loads one. Models that are given stay alive with the
+        caller, so only loading frees memory.
+      tokenizer: `WanTokenizer`; may be `None` where text states are given.
+      placement: where parts and activations lie on a mesh, or `None`: on one device.
+
+    Example:
+      pipeline = WanPipeline.open("Wan2.1-T2V-1.3B-Diffusers")
+      request = Request.of(pipeline.config, prompt="A cat on a sofa", seed=1)
+      schedule = AttentionSchedule(vm.VMonarch(), warmup_steps=10)
+      video = pipeline(request, attention=schedule)       # [1, 81, 480, 832, 3] in [-1, 1]
+
+    Source: `WanPipeline` and `WanImageToVideoPipeline` of Diffusers, to which it is equal in
+    float32, given the same noise.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        parts: Loader | Mapping[str, nnx.Module],
+        tokenizer: Any = None,
+        placement: Sharding | None = None,
+    ) -> None:
+        self.config = config
+        self.placement = placement
+        self.tokenizer = tokenizer
+        self._load: Loader = parts.__getitem__ if isinstance(parts, Mapping) else parts
+        self._held: dict[str, nnx.Module] = {}
+
+    @classmethod
+    def open(
+        cls,
+        found: Found | str | pathlib.Path,
+        dtype: str = "bfloat16",
+        placement: Sharding | None = None,
+    ) -> WanPipeline:
+        """The pipeline of a folder of weights; a part is read when it is needed.
+
+        Args:
+          found: the folder, or what `detect` found in it.
+          dtype: "bfloat16" or "float32", of the weights and matmuls of transformers and encoders;
+            the autoencoder is float32 in any case, where bfloat16 would be seen.
+
+        Raises:
+          ValueError: the folder lacks something that making a video takes.
+        """
+        found = found if isinstance(found, Found) else detect(found)
+        found.require(*found.required)
+        found = dataclasses.replace(found, config=with_dtype(found.config, dtype))
+        text_length = found.config.transformer.text_length
+        tokenizer = WanTokenizer.load(found.tokenizer, text_length)
+
+        def load(part: str) -> nnx.Module:
+            kept = jnp.float32 if part == "vae" else jnp.dtype(dtype)
+            return load_part(found, part, kept, placement)
+
+        return cls(found.config, load, tokenizer, placement)
+
+    def part(self, name: str) -> Any:
+        """A part; the one that was held before is let go first."""
+        if name not in self._held:
+            self.free()
+            self._held[name] = self._load(name)
+        return self._held[name]
+
+    def free(self) -> None:
+        """Lets go of the part that is held."""
+        self._held.clear()
+
+    def __call__(
+        self,
+        request: Request,
+        *,
+        image: UInt8[np.ndarray, "height width 3"] | None = None,
+        attention: Attention | None = None,
+        batched: bool = True,
+        on_step: OnStep | None = None,
+    ) -> Float[Array, "batch frames height width 3"]:
+        """Returns videos in [-1, 1].
+
+        Args:
+          request: what to make.
+          image: the first frame, at the request's size (`fit_image`).
+          attention: of every layer, of each layer, or an `AttentionSchedule`; `None`: dense.
+          batched: guidance in one call on a doubled batch, or in two calls and half the memory.
+          on_step: called after each denoising step.
+
+        Raises:
+          ValueError: the model can't do that.
+        """
+        request.grid(self.config)
+        check_image(self.config, image)
+        conditions = self.conditions(request, image)
+        latents = self.denoise(
+            request, conditions, self.noise(request), attention=attention, batched=batched,
+            on_step=on_step,
+        )  # fmt: skip
+        return self.decode(latents)
+
+    def conditions(
+        self, request: Request, image: UInt8[np.ndarray, "height width 3"] | None = None
+    ) -> Conditions:
+        """Encodes prompts and image; the encoders are freed afterwards.
+
+        Raises:
+          ValueError: a prompt is too long, or the image has another size than the request.
+        """
+        check_image(self.config, image)
+        width, height = request.size
+        if image is not None and image.shape != (height, width, 3):
+            raise ValueError(f"expected an image of {(height, width, 3)}, got {image.shape}")
+        text, negative = self._text(request)
+        batch = len(text)
+        states = beside = first = None
+        if image is not None and self.config.image is not None:
+            states = self._repeat(image_states(self.part("image_encoder"), image), batch)
+        if image is not None and self.config.first_frame:
+            first = self._repeat(first_frame(self.part("vae"), image), batch)
+        elif image is not None:
+            beside = beside_channels(self.part("vae"), image, request.frames)
+            beside = self._repeat(beside, batch)
+        self.free()
+        return Conditions(text, negative, states, beside, first)
+
+    def noise(self, request: Request) -> Float[Array, "batch t h w channels"]:
+        """The latents to start from: standard normal, of JAX's generator and the request's seed."""
+        return jax.random.normal(jax.random.key(request.seed), request.latent_shape(self.config))
+
+    def denoise(
+        self,
+        request: Request,
+        conditions: Conditions,
+        noise: Float[Array, "batch t h w channels"],
+        *,
+        attention: Attention | None = None,
+        batched: bool = True,
+        start: tuple[int, Any] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Float[Array, "batch t h w channels"]:
+        """The latents of the video.
+
+        The steps run one by one on the host, so that they can be watched, kept and gone on from;
+        a step is one compiled program for each distinct tuple of methods.
+
+        Args:
+          request: what to make.
+          conditions: as `conditions` returns them.
+          noise: the latents to start from.
+          attention: as `__call__`.
+          batched: as `__call__`.
+          start: `(n, state)` as `on_step` had them: goes on after step n, bit for bit.
+          on_step: called as `on_step(n, state)` after step n of `request.steps`.
+        """
+        done, state = (0, request.sampler_value().init(noise)) if start is None else start
+        for n in range(done, request.steps):
+            state = self.step(request, conditions, n, state, attention=attention, batched=batched)
+            if on_step is not None:
+                on_step(n + 1, state)
+        return _with_first(state.x, conditions.first)
+
+    def step(
+        self,
+        request: Request,
+        conditions: Conditions,
+        index: int,
+        state: Any,
+        *,
+        attention: Attention | None = None,
+        batched: bool = True,
+    ) -> Any:
+        """The sampler's state after step `index`, counted from 0, given that before it."""
+        part, guidance = request.experts(self.config)[index]
+        model = self.part(part)
+        graph, weights = nnx.split(model)
+        if isinstance(attention, AttentionSchedule):
+            attention = attention.at(index, request.steps, self.config.transformer.layers)
+        seen = conditions if guidance > 1 else conditions._replace(negative=None)
+        return _step(
+            graph, model.methods(attention), request.sampler_value(), batched, self.placement,
+            weights, jax.tree.map(jnp.asarray, state), seen, jnp.int32(index),
+            jnp.float32(guidance),
+        )  # fmt: skip
+
+    def decode(
+        self, latents: Float[Array, "batch t h w channels"]
+    ) -> Float[Array, "batch frames height width 3"]:
+        """The video of some latents, in [-1, 1]; one video of the batch at a time."""
+        vae = self.part("vae")
+        params = split_params(vae)[1]
+        return jnp.concatenate([_decode(vae.config, params, one[None]) for one in latents])
+
+    def _text(self, request: Request) -> tuple[Array, Array | None]:
+        texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
+        check_texts(self.tokenizer, texts)  # before the encoder is loaded
+        states = text_states(self.part("text_encoder"), self.tokenizer, texts)
+        count = len(request.prompt)
+        if not request.guided:
+            return states, None
+        return states[:count], self._repeat(states[count:], count)
+
+    @staticmethod
+    def _repeat(array: Array, batch: int) -> Array:
+        return jnp.broadcast_to(array, (batch, *array.shape[1:]))
+
+
+def with_dtype(config: WanConfig, dtype: str) -> WanConfig:
+    """The model with the matmuls of transformers and encoders in a dtype."""
+    parts = {
+        name: dataclasses.replace(getattr(config, name), dtype=dtype)
+        for name in ("transformer", "text", "image")
+        if getattr(config, name) is not None
+    }
+    return dataclasses.replace(config, **parts)
+
+
+def _with_first(x: Array, first: Array | None) -> Array:
+    return x if first is None else x.at[:, :1].set(first)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _step(
+    graph, methods, sampler, batched, placement, weights, state, conditions, index, guidance
+):  # fmt: skip
+    """One denoising step, compiled once for each tuple of methods, each sampler and each shape."""
+    model = nnx.merge(graph, weights)
+    frames = state.x.shape[1] // model.config.patch[0]
+    time = jnp.full(state.x.shape[:1], jnp.asarray(sampler.times)[index])
+    if conditions.first is not None:
+        # the given frame is no noise: its tokens are at time 0
+        time = jnp.broadcast_to(time[:, None], (len(time), frames)).at[:, 0].set(0)
+    x = _with_first(state.x, conditions.first)
+    if conditions.beside is not None:
+        x = jnp.concatenate([x, conditions.beside], axis=-1)
+
+    def velocity(x, time, image, text):
+        return model(x, time, text, image, attention=methods, sharding=placement)
+
+    v = guided(
+        velocity, (x, time, conditions.image), conditions.text, conditions.negative, guidance,
+        batched=batched,
+    )  # fmt: skip
+    return sampler.step(state, v, index)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(config, params, latents):
+    return rebuild_vae(config, params).decode(latents)

@@ -1,0 +1,185 @@
+"""The command from end to end, on a small random Wan model in a folder like a download."""
+
+import json
+import re
+import shutil
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from vmonarch_jax.models import cli
+from vmonarch_jax.models.wan.generate import run
+from vmonarch_jax.models.wan.generate.output import read_metadata
+from vmonarch_jax.models.wan.pipeline import WanPipeline
+from wan_folder import small_config, write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("t2v"))
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("ti2v"))
+
+
+def call(folder, out, *flags, prompt="a red fox runs in snow", size="48x32"):
+    """The command's exit status, with a job that is small."""
+    common = ["--size", size, "--frames", "5", "--steps", "4", "--dtype", "float32"]
+    arguments = ["generate", "--weights", str(folder), "--prompt", prompt, "--out", str(out)]
+    return cli.main([*arguments, *common, *flags])
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def test_video_frames_and_metadata(folder, tmp_path, capsys):
+    out = tmp_path / "video.mp4"
+    assert call(folder, out, "--seed", "3", "--dense-steps", "1", "--png") == 0
+    video = frames_of(out)
+    assert video.shape == (5, 32, 48, 3)
+    metadata = read_metadata(out)
+    assert metadata == json.loads((tmp_path / "video.json").read_text())
+    assert metadata["seed"] == 3
+    assert metadata["prompt"] == "a red fox runs in snow"
+    assert "VMonarch" in metadata["attention"]
+    assert {"jax", "vmonarch_jax", "device", "steps", "shift", "guidance"} <= metadata.keys()
+    with Image.open(tmp_path / "video" / "0004.png") as frame:
+        assert json.loads(frame.text["vmonarch"]) == metadata
+        # the video keeps brightness nearly, and colours at half the resolution
+        assert np.abs(np.asarray(frame, int) - video[4]).mean(0).mean(0).max() < 40
+        brightness = [np.asarray(x, float) @ (0.299, 0.587, 0.114) for x in (frame, video[4])]
+        assert np.abs(brightness[0] - brightness[1]).mean() < 8
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["video", "video.json", "video.mp4"]
+    assert "denoising" in capsys.readouterr().err
+
+
+def test_interrupted_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, capsys):
+    whole, halved = tmp_path / "whole.mp4", tmp_path / "halved.mp4"
+    assert call(folder, whole, "--png") == 0
+    step, calls = WanPipeline.step, []
+
+    def interrupted(self, request, conditions, index, *rest, **options):
+        if index == 2:
+            raise KeyboardInterrupt
+        return step(self, request, conditions, index, *rest, **options)
+
+    monkeypatch.setattr(WanPipeline, "step", interrupted)
+    assert call(folder, halved, "--png") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not halved.exists()
+
+    assert call(folder, halved, "--png") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert call(folder, halved, "--resume", "--seed", "1") == 2
+    assert "expected seed of 0, got 1" in capsys.readouterr().err
+
+    def counted(self, request, conditions, index, *rest, **options):
+        calls.append(index)
+        return step(self, request, conditions, index, *rest, **options)
+
+    def no_conditions(*_):
+        raise AssertionError("the text is not encoded again")
+
+    monkeypatch.setattr(WanPipeline, "step", counted)
+    monkeypatch.setattr(WanPipeline, "conditions", no_conditions)
+    assert call(folder, halved, "--png", "--resume") == 0
+    assert calls == [2, 3]
+    for n in range(5):
+        expected, got = (tmp_path / name / f"{n:04d}.png" for name in ("whole", "halved"))
+        np.testing.assert_array_equal(Image.open(got), Image.open(expected))
+    assert not (tmp_path / "halved.mp4.partial").exists()
+
+
+def test_comparison_with_dense(folder, tmp_path, capsys):
+    out = tmp_path / "video.mp4"
+    assert call(folder, out, "--compare", "dense", "--dense-layers", "-1") == 0
+    assert frames_of(out).shape == (5, 32, 96, 3)
+    metadata = read_metadata(out)
+    certificate = metadata["certificate"]
+    assert len(certificate) == 3
+    assert all(0 <= row["mean_kl"] <= row["max_kl"] for row in certificate)
+    assert min(row["max_kl"] for row in certificate[:2]) > 1e-4
+    assert certificate[2]["max_kl"] <= 1e-5  # that layer is dense
+    assert 0 < metadata["psnr"] < 100
+    assert re.search(r"PSNR \d+.* SSIM", capsys.readouterr().out)
+    # equal attention, equal video
+    assert call(folder, out, "--attention", "dense", "--compare", "dense") == 0
+    assert read_metadata(out)["psnr"] == 100
+
+
+def test_from_an_image(image_folder, tmp_path):
+    picture = tmp_path / "first.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 100, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    out = tmp_path / "video.mp4"
+    flags = ("--image", str(picture), "--two-calls", "--sampler", "euler")
+    assert call(image_folder, out, *flags, size="64x32") == 0
+    assert frames_of(out).shape == (5, 32, 64, 3)
+    assert read_metadata(out)["image"]
+
+
+def test_dry_run_reads_no_weights(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(WanPipeline, "part", lambda *_: pytest.fail("a part was loaded"))
+    out = tmp_path / "video.mp4"
+    assert call(folder, out, "--dry-run", "--dense-steps", "1") == 0
+    said = capsys.readouterr().out
+    for wanted in ("load transformer: ", "load text_encoder", "load vae", "steps 1 to 1: Dense",
+                   "steps 2 to 4: VMonarch", "peak memory", "FLOPs", "tokens: 12"):  # fmt: skip
+        assert wanted in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--size", "50x32"), "48x32"),
+        (("--frames", "6"), "5 frames"),
+        (("--steps", "0"), "steps >= 1"),
+        (("--guidance", "0.5"), "guidance >= 1"),
+        (("--prompt", "fox " * 600), "at most 512 tokens"),
+        (("--negative-prompt", "fox " * 600), "at most 512 tokens"),
+        (("--out", "video.gif"), "ends in .mp4"),
+        (("--image", "first.png"), "expected no image"),
+        (("--weights", "nowhere"), "expected a folder of Wan weights"),
+        (("--dense-layers", "7"), "a layer in"),
+        (("--block", "9x9x9"), "`block` must fit the grid"),
+        (("--attention", "dense", "--block", "1x2x3"), "no options"),
+    ],
+)
+def test_mistakes_are_found_before_anything_slow(flags, message, folder, tmp_path, monkeypatch,
+                                                 capsys):  # fmt: skip
+    monkeypatch.setattr(WanPipeline, "part", lambda *_: pytest.fail("a part was loaded"))
+    assert call(folder, tmp_path / "video.mp4", *flags) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_incomplete_folders_are_named(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(copy / "vae")
+    shutil.rmtree(copy / "tokenizer")
+    assert call(copy, tmp_path / "video.mp4") == 2
+    said = capsys.readouterr().err
+    assert "vae" in said
+    assert "tokenizer" in said
+
+
+def test_an_image_is_asked_for(tmp_path, capsys):
+    folder = write_folder(tmp_path / "wan", small_config("i2v-two"))
+    assert call(folder, tmp_path / "video.mp4") == 2
+    assert "makes a video from an image" in capsys.readouterr().err
+    assert call(folder, tmp_path / "video.mp4", "--image", str(tmp_path / "none.png")) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_images_are_covered_and_cut_in_the_middle():
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255
+    got = run.fit_image(Image.fromarray(pixels), (20, 20))
+    assert got.shape == (20, 20, 3)
+    assert got.min() > 200
