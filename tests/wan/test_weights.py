@@ -535,6 +535,9 @@ def test_a_save_that_is_cut_off_changes_nothing(tmp_path, monkeypatch):
             export_weights(tmp_path / "y", SMALL, other)
     assert not (tmp_path / "y").exists()
     assert_same(params_of(load_part(detect(folder), "transformer", jnp.float32)), first)
+    folder.rename(tmp_path / ".x.replaced")  # as if it had ended between two renames
+    with pytest.raises(ValueError, match="expected no such folder"):
+        save_weights(folder, SMALL, other)
     save_weights(folder, SMALL, other, overwrite=True)
     got = params_of(load_part(detect(folder), "transformer", jnp.float32))
     assert_same(got, other["transformer"])

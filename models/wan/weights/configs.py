@@ -117,14 +117,15 @@ def _only(found: Mapping[str, Any], **expected: Any) -> None:
 
 def _transformer(found: Mapping[str, Any]) -> TransformerConfig:
     _only(found, cross_attn_norm=True, qk_norm=_QK_NORM)
-    taken = {"heads": 40, "layers": 40, "ffn_dim": 13_824} | _take(found, _TRANSFORMER)
+    taken: dict[str, Any] = {"heads": 40, "layers": 40, "ffn_dim": 13_824}  # their defaults
+    taken |= _take(found, _TRANSFORMER)
     if (found.get("added_kv_proj_dim") is None) != (found.get("image_dim") is None):
         raise ValueError(
             "expected image_dim and added_kv_proj_dim together, got "
             f"{found.get('image_dim')} and {found.get('added_kv_proj_dim')}"
         )
-    # Their default: as many channels out as in.
-    taken.setdefault("out_channels", taken.get("in_channels", 16))
+    if not found.get("out_channels", 16):
+        taken["out_channels"] = taken.get("in_channels", 16)
     return TransformerConfig(dim=taken["heads"] * found.get("attention_head_dim", 128), **taken)
 
 

@@ -251,12 +251,11 @@ def _original(folder: Path) -> Found:
     for part, patterns in ORIGINAL_FILES.items():
         files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
         if files:
-            parts[part] = files[:1]
+            parts[part] = (files[0],)
     if "vae" in parts:
         vae = VAE_2_2 if "2.2" in parts["vae"][0].name else VAE_2_1
         config = dataclasses.replace(config, vae=vae)
     tokenizer = folder / _ORIGINAL_TOKENIZER
-    parts = {part: tuple(paths) for part, paths in parts.items()}
     return Found(folder, config, "original", parts, tokenizer if tokenizer.is_dir() else None)
 
 

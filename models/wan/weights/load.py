@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding as Placement
+from jaxtyping import Array
 
 from ...params import Params, split_params
 from ..sharding import Sharding
@@ -129,28 +130,33 @@ def load_params(
     for entry in entries:
         tensors = [stored[key] for key in entry.keys(convention)]
         dtype = jnp.dtype(dtype_of(entry) or tensors[0].dtype)
-        shards: dict[Any, np.ndarray] = {}
-
-        def read(
-            index: tuple[slice, ...],
-            entry: Entry = entry,
-            tensors: Sequence[Tensor] = tensors,
-            dtype: Any = dtype,
-            shards: dict[Any, np.ndarray] = shards,
-        ) -> np.ndarray:
-            # devices that hold the same share get the same host array
-            bounds = tuple(s.indices(n) for s, n in zip(index, entry.full_shape, strict=True))
-            if bounds not in shards:
-                shards[bounds] = _read(entry, tensors, convention, bounds, dtype)
-            return shards[bounds]
-
-        if shardings is None:
-            value = jax.device_put(read((slice(None),) * len(entry.full_shape)))
-        else:
-            value = jax.make_array_from_callback(entry.full_shape, shardings[entry.name], read)
+        sharding = None if shardings is None else shardings[entry.name]
         # the next tensor is not read while this one still waits on the host
-        params[entry.name] = jax.block_until_ready(value)
+        params[entry.name] = jax.block_until_ready(
+            _load(entry, tensors, convention, dtype, sharding)
+        )
     return params
+
+
+def _load(
+    entry: Entry,
+    tensors: Sequence[Tensor],
+    convention: str,
+    dtype: np.dtype,
+    sharding: Placement | None,
+) -> Array:
+    shares: dict[Any, np.ndarray] = {}
+
+    def read(index: Any) -> np.ndarray:
+        # devices that hold the same share get the same host array
+        bounds = tuple(s.indices(n) for s, n in zip(index, entry.full_shape, strict=True))
+        if bounds not in shares:
+            shares[bounds] = _read(entry, tensors, convention, bounds, dtype)
+        return shares[bounds]
+
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(entry.full_shape)))
+    return jax.make_array_from_callback(entry.full_shape, sharding, read)
 
 
 def _read(

@@ -147,13 +147,18 @@ def _checked(config: WanConfig, name: str, part: Weights) -> Mapping[str, Any]:
 def _atomic(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside, which becomes `folder` when all is written."""
     folder = folder.absolute()
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder}: expected no such folder (overwrite=True replaces it), got one")
     temporary = folder.with_name(f".{folder.name}.unfinished")
     old = folder.with_name(f".{folder.name}.replaced")
+    if _first_process() and old.exists():  # a run ended between the two renames below
+        if folder.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, folder)
+    _together("mended")
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder}: expected no such folder (overwrite=True replaces it), got one")
     if _first_process():
-        for left in (temporary, old) if folder.exists() else (temporary,):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _together("begin")
     yield temporary
