@@ -16,7 +16,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.config import TransformerConfig, WanConfig
 from vmonarch_jax.models.wan.weights.configs import write_config
