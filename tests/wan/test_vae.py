@@ -18,7 +18,6 @@ from wan_vae_cases import (
     CASES,
     FLAT,
     SHORTCUTS,
-    SHORTCUTS_UNEVEN,
     abstract_vae,
     inputs_of,
     relative_error,
@@ -63,25 +62,20 @@ def test_decode_equals_golden(name):
     assert relative_error(video, GOLDENS[f"{name}.video"]) <= 1e-5
 
 
+@pytest.mark.parametrize("method", ["encode", "decode"])
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_any_chunk_gives_the_same(config):
-    vae = vae_of(config)
-    video, latents = video_and_latents(config)
-    for method, x in ((vae.encode, video), (vae.decode, latents)):
-        one = jit(method)(x)
-        for chunk in (4, 9):  # 6 latent frames come after the first: a rest of 2, nothing but rest
-            several = jit(functools.partial(method, chunk=chunk))(x)
-            chex.assert_trees_all_close(one, several, atol=5e-6)
-
-
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_later_frames_change_no_earlier_ones(config):
-    vae = vae_of(config)
-    encode, decode = jit(vae.encode), jit(vae.decode)
-    video, latents = video_and_latents(config)
-    frames = config.strides[0] * 3 + 1
-    chex.assert_trees_all_close(encode(video)[:, :4], encode(video[:, :frames]), atol=5e-6)
-    chex.assert_trees_all_close(decode(latents)[:, :frames], decode(latents[:, :4]), atol=5e-6)
+def test_any_chunk_gives_the_same_and_later_frames_change_nothing(config, method):
+    run = getattr(vae_of(config), method)
+    decodes = method == "decode"
+    x = video_and_latents(config)[decodes]
+    one = jit(run)(x)
+    # 6 latent frames come after the first: a rest of 2
+    chex.assert_trees_all_close(one, jit(functools.partial(run, chunk=4))(x), atol=5e-6)
+    # 2 come after it: nothing but rest
+    pixels = config.strides[0] * 2 + 1
+    frames, made = (3, pixels) if decodes else (pixels, 3)
+    short = jit(functools.partial(run, chunk=9))(x[:, :frames])
+    chex.assert_trees_all_close(one[:, :made], short, atol=5e-6)
 
 
 def test_sample_draws_from_the_posterior():
@@ -108,7 +102,7 @@ def test_memory_does_not_grow_with_frames(config, method):
 
     def analysis(frames):
         x = video_and_latents(config, frames)[method == "decode"]
-        run = jax.jit(lambda params, x: getattr(rebuild(params), method)(x))
+        run = jit(lambda params, x: getattr(rebuild(params), method)(x))
         return run.lower(params, x).compile().memory_analysis()
 
     short, long = analysis(4), analysis(40)
@@ -119,24 +113,25 @@ def test_memory_does_not_grow_with_frames(config, method):
 
 
 def test_bfloat16_round_trip():
-    config = dataclasses.replace(SHORTCUTS_UNEVEN, dtype="bfloat16")
-    video, latents = inputs_of(CASES["shortcuts_uneven"])
-    rebuild, params = split_params(vae_of(config))
-    narrow = {name: x.astype(jnp.bfloat16) for name, x in params.items()}
+    config = FORMS["shortcuts"]
+    narrow = dataclasses.replace(config, dtype="bfloat16")
+    video, _ = video_and_latents(config, frames=2)
+    vae = vae_of(config)
+    params = {k: x.astype(jnp.bfloat16) for k, x in split_params(vae)[1].items()}
 
-    @jax.jit
-    def round_trip(params, video, latents):
-        vae = rebuild(params)
-        return vae.encode(video), vae.decode(latents), vae.decode(vae.encode(video))
+    @jit
+    def round_trip(params, video):
+        vae = split_params(abstract_vae(narrow))[0](params)
+        latents = vae.encode(video)
+        return latents, vae.decode(latents)
 
-    got = round_trip(narrow, video, latents)
-    for x, shape in zip(got, (latents.shape, video.shape, video.shape), strict=True):
-        chex.assert_shape(x, shape)
+    latents, out = round_trip(params, video)
+    exact = jit(vae.encode)(video)
+    for x, expected in ((latents, exact), (out, video)):
+        chex.assert_shape(x, expected.shape)
         assert x.dtype == jnp.float32
-        assert bool(jnp.isfinite(x).all())
-    assert relative_error(got[0], GOLDENS["shortcuts_uneven.latents"]) < 0.1
-    assert relative_error(got[1], GOLDENS["shortcuts_uneven.video"]) < 0.2
-    assert float(jnp.abs(got[2]).max()) <= 1
+    assert relative_error(latents, exact) < 0.05
+    assert float(jnp.abs(out).max()) <= 1
 
 
 @pytest.mark.parametrize("config", [*(c.config for c in CASES.values()), VAE_2_1, VAE_2_2])
