@@ -100,7 +100,7 @@ class CLIPVision(nnx.Module):
     """Encodes pictures as CLIP's vision transformer does, up to the last block but one.
 
     Wan's transformer was trained on the states before the last block, so the last block, the
-    final norm and the projection are not part of this model: `keys_clip.ignored` names their
+    final norm and the projection are not part of this model: `clip_ignored` names their
     keys. Equal to `hidden_states[-2]` of Transformers' `CLIPVisionModel`. Matmuls are in the
     configuration's dtype; norms, softmax and the residual stream in float32.
 

@@ -50,14 +50,14 @@ class WanTokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, length: int = 512) -> None:
         if length < 1:
             raise ValueError(f"expected length >= 1, got {length}")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         end = tokenizer.token_to_id(_END)
         ids = tokenizer.encode("a").ids
         if end is None or ids[-1:] != [end] or tokenizer.num_special_tokens_to_add(False) != 1:
             raise ValueError(
                 f"expected a tokenizer that adds {_END} to texts and no more, got {ids}"
             )
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         self.length = length
         self._tokenizer = tokenizer
 
