@@ -96,4 +96,4 @@ def _attend(
     v: Float[Array, "batch heads keys head_dim"],
 ) -> Float[Array, "batch seq heads head_dim"]:
     k, v = (place.constrain(x.astype(q.dtype), "batch", "heads", "text", None) for x in (k, v))
-    return place.attend(vm.Dense(), *(x.swapaxes(1, 2) for x in (q, k, v)), None)
+    return place.attend(vm.Dense(), q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), None)
