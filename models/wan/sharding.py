@@ -131,8 +131,10 @@ class Sharding:
         """The mesh axes of one logical axis; `of` is a column of the table.
 
         Raises:
-          ValueError: the table has no such name.
+          ValueError: the table has no such name, or column.
         """
+        if of not in ("params", "activations"):
+            raise ValueError(f"expected column 'params' or 'activations' of the table, got {of!r}")
         if logical is None:
             return ()
         for rule in self.rules:
@@ -152,6 +154,14 @@ class Sharding:
           ValueError: the table lacks a name.
         """
         return PartitionSpec(*(self.axes(name, of) or None for name in logical))
+
+    def placed(self, *logical: str | None) -> NamedSharding:
+        """Where an activation with these axes lies: what `jax.device_put` and `jax.jit` take.
+
+        Raises:
+          ValueError: the table lacks a name.
+        """
+        return self._placed(self.spec(logical))
 
     def constrain(self, x: Array, *logical: str | None) -> Array:
         """Lays an activation out by the names of its axes.
