@@ -56,7 +56,7 @@ def preprocess_image(
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - size) // 2, (width - size) // 2
     square = np.asarray(resized, np.float32)[top : top + size, left : left + size]
-    return (square / 255 - np.float32(_MEAN)) / np.float32(_STD)
+    return (square / 255 - np.asarray(_MEAN, np.float32)) / np.asarray(_STD, np.float32)
 
 
 class Attention(nnx.Module):
