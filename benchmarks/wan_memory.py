@@ -1,0 +1,284 @@
+"""Memory of full-size Wan steps on TPUs, by the real compiler without a TPU.
+
+    python -m benchmarks.wan_memory                       # all that the record lacks; hours
+    python -m benchmarks.wan_memory --only "1.3B 480p v5e x1"
+    python -m benchmarks.wan_memory --report              # only the table, from the record
+
+Needs libtpu (`pip install -e .[aot]`), not a TPU. Writes `wan_memory.json`, each figure as it
+comes, and `wan_memory.md`. A case is one call of the transformer, weights in bfloat16.
+"""
+
+import argparse
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).with_name("wan_memory.json")
+SIZES = {"480p": (81, 480, 832), "720p": (81, 720, 1280)}
+PARTS = ("1.3B", "14B", "text", "vae")
+# Devices of a chip: JAX sees the two cores of a 7x as two devices, each with half of the memory.
+CORES = {"v5e": 1, "v6e": 1, "7x": 2}
+TOPOLOGIES = {
+    "v5e": {4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"},
+    "v6e": {4: "v6e:2x2", 8: "v6e:2x4", 16: "v6e:4x4"},
+    "7x": {4: "tpu7x:2x2x1", 8: "tpu7x:2x2x2", 16: "tpu7x:2x2x4"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        part: "1.3B" or "14B", a transformer; "vae", the decoder; "text", the text encoder.
+        size: of the video.
+        chip: kind of chip.
+        chips: how many.
+        attention: "dense", "vmonarch" or "tiled".
+        batch: videos in one call; batched guidance has 2, guidance in two calls 1.
+        mesh: sizes of axes above 1.
+    """
+
+    part: str
+    size: str
+    chip: str
+    chips: int
+    attention: str = ""
+    batch: int = 1
+    mesh: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """In the record."""
+        mesh = " ".join(f"{axis}={n}" for axis, n in self.mesh)
+        words = f"{self.part} {self.size} {self.chip} x{self.chips} {self.attention}"
+        return " ".join(f"{words} batch {self.batch} {mesh}".split())
+
+
+def cases() -> list[Case]:
+    """All of them, the most telling first."""
+    # Part, size, chip, chips, batch and the sizes of mesh axes above 1.
+    places = (
+        ("1.3B", "480p", "v5e", 1, 1, {}),
+        ("1.3B", "480p", "v5e", 1, 2, {}),
+        ("14B", "480p", "v5e", 4, 1, {"context": 4}),
+        ("14B", "720p", "v5e", 4, 1, {"context": 4}),
+        ("14B", "720p", "v5e", 8, 2, {"fsdp": 2, "context": 4}),
+        ("14B", "720p", "v5e", 16, 2, {"fsdp": 2, "context": 8}),
+        ("14B", "720p", "v6e", 4, 2, {"context": 4}),
+        ("14B", "720p", "7x", 1, 2, {"context": 2}),
+        ("1.3B", "720p", "v5e", 1, 2, {}),
+        ("14B", "480p", "v6e", 1, 1, {}),
+        ("14B", "480p", "v6e", 4, 2, {"context": 4}),
+        ("1.3B", "480p", "v5e", 4, 2, {"context": 4}),
+        ("14B", "480p", "v5e", 4, 2, {"context": 4}),
+        ("14B", "480p", "v5e", 8, 2, {"fsdp": 2, "context": 4}),
+        ("14B", "480p", "v5e", 16, 2, {"fsdp": 2, "context": 8}),
+        ("1.3B", "480p", "v6e", 1, 2, {}),
+        ("1.3B", "480p", "7x", 1, 2, {"context": 2}),
+        ("1.3B", "720p", "v5e", 4, 2, {"context": 4}),
+        ("1.3B", "720p", "v6e", 1, 2, {}),
+        ("1.3B", "720p", "7x", 1, 2, {"context": 2}),
+        ("14B", "480p", "7x", 1, 2, {"context": 2}),
+        ("14B", "720p", "v6e", 8, 2, {"fsdp": 2, "context": 4}),
+        ("14B", "720p", "v6e", 16, 2, {"fsdp": 2, "context": 8}),
+        ("14B", "720p", "7x", 4, 2, {"fsdp": 2, "context": 4}),
+        ("14B", "720p", "7x", 8, 2, {"fsdp": 2, "context": 8}),
+    )
+    others = [
+        Case("text", "512", "v5e", 1, batch=2),
+        Case("vae", "480p", "v5e", 1),
+        Case("vae", "720p", "v5e", 1),
+    ]
+    steps = [
+        Case(part, size, chip, chips, attention, batch, tuple(mesh.items()))
+        for attention in ("vmonarch", "dense")
+        for part, size, chip, chips, batch, mesh in places
+    ]
+    return others + steps + [Case("1.3B", "480p", "v5e", 1, "tiled", n) for n in (1, 2)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """One process a case, one after another."""
+    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    flags.add_argument("--only", default="", help="cases whose name has these words")
+    flags.add_argument("--again", action="store_true", help="also those that are recorded")
+    flags.add_argument("--report", action="store_true", help="compile nothing")
+    flags.add_argument("--worker", help=argparse.SUPPRESS)
+    args = flags.parse_args(arguments)
+    if args.worker:
+        work(next(case for case in cases() if case.name == args.worker))
+        return
+    chosen = [case for case in cases() if set(args.only.split()) <= set(case.name.split())]
+    failed = []
+    for case in [] if args.report else chosen:
+        if case.name in record().get("cases", {}) and not args.again:
+            continue
+        command = [sys.executable, "-m", "benchmarks.wan_memory", "--worker", case.name]
+        if subprocess.run(command, cwd=Path(__file__).parent.parent).returncode:
+            failed.append(case.name)
+        report()
+    report()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def work(case: Case) -> None:
+    """Compiles one case and records what it takes, or how much too much."""
+    start = time.monotonic()
+    entry = measure(case)
+    entry["seconds"] = round(time.monotonic() - start)
+    known = record()
+    known["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    known.setdefault("cases", {})[case.name] = dataclasses.asdict(case) | entry
+    fresh = RECORD.with_suffix(".new")
+    fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    fresh.replace(RECORD)
+    print(f"{case.name}: {total(entry) / 2**30:.2f} GiB ({entry['seconds']} s)", flush=True)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Bytes of one device: weights, inputs, outputs, temporaries; and the collectives."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v6e-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    import jax
+    from jax.experimental import topologies
+    from vmonarch_jax.models.wan import collectives
+    from vmonarch_jax.models.wan.sharding import Sharding, make_mesh
+    from vmonarch_jax.pallas_kernels.tpu.chips import tracing_for
+
+    from . import wan_steps
+
+    jax.config.update("jax_platforms", "cpu")
+    by_chips = TOPOLOGIES[case.chip]
+    name = by_chips[max(case.chips, min(by_chips))]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    # The VAE and the text encoder run on one device.
+    devices = devices[: case.chips * CORES[case.chip] if case.attention else 1]
+    sharding = Sharding(make_mesh(**dict(case.mesh), devices=devices))
+    video = SIZES.get(case.size)
+    if case.part == "text":
+        step = wan_steps.text(case.batch, sharding)
+    elif case.part == "vae":
+        step = wan_steps.decoding(video, sharding)
+    else:
+        step = wan_steps.denoising(case.part, video, case.batch, case.attention, sharding)
+    with tracing_for(case.chip):
+        lowered = jax.jit(step.function).trace(step.params, *step.inputs).lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error).splitlines()[0]
+        needs = re.search(r"required for .* \(([\d.]+)G\) exceeds available HBM", message)
+        needs = needs or re.search(r"Used ([\d.]+)G of [\d.]+G hbm", message)
+        if not needs:
+            raise
+        return {
+            "fits": False, "weights": step.weights, "needs": float(needs[1]), "error": message,
+        }  # fmt: skip
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    kinds = collections.Counter(
+        f"{c.kind} {' '.join(c.axes)}" for c in collectives.collectives(hlo, sharding.mesh)
+    )
+    odd = collectives.unannounced(hlo, sharding)
+    return {
+        "fits": True,
+        "weights": step.weights,
+        "inputs": memory.argument_size_in_bytes - step.weights,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "collectives": dict(kinds),
+        "unannounced": [dataclasses.asdict(c) for c in odd],
+        "kernels": hlo.count('custom_call_target="tpu_custom_call"'),
+    }
+
+
+def total(entry: dict[str, Any]) -> float:
+    """Bytes of one device in all."""
+    if not entry["fits"]:
+        return entry["needs"] * 2**30
+    return sum(entry[part] for part in ("weights", "inputs", "outputs", "temporaries"))
+
+
+def record() -> dict[str, Any]:
+    """What is recorded: versions, and the entries by name."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def report() -> None:
+    """Writes the table."""
+    known = record()
+    order = {case.name: number for number, case in enumerate(cases())}
+    found = sorted(
+        (entry for name, entry in known.get("cases", {}).items() if name in order),
+        key=lambda e: (
+            PARTS.index(e["part"]), e["size"], list(CORES).index(e["chip"]), e["chips"],
+            e["batch"], e["attention"],
+        ),
+    )  # fmt: skip
+    lines = []
+    for e in found:
+        mesh = ", ".join(f"{axis} {n}" for axis, n in e["mesh"]) or "one device"
+        cells = [e["part"], e["size"], e["chip"], e["chips"], mesh, e["attention"], e["batch"]]
+        parts = ("weights", "inputs", "outputs", "temporaries")
+        cells += [f"{e[part] / 2**30:.2f}" if part in e else "" for part in parts]
+        cells.append(f"{total(e) / 2**30:.2f}" + ("" if e["fits"] else " (does not fit)"))
+        lines.append([str(cell) for cell in cells])
+    versions = known.get("versions", {})
+    RECORD.with_suffix(".md").write_text(
+        _PAGE.format(jax=versions.get("jax"), libtpu=versions.get("libtpu"), table=_table(lines))
+    )
+
+
+_HEAD = (
+    "model", "size", "chip", "chips", "mesh", "attention", "batch", "weights", "inputs", "outputs",
+    "temporaries", "in all",
+)  # fmt: skip
+
+_PAGE = """# Memory of full-size Wan steps
+
+Made by `python -m benchmarks.wan_memory` with JAX {jax} and libtpu {libtpu}, which compile for a
+TPU that is not there. **Nothing here has run on a TPU.** GiB a device; a chip of 7x is two devices.
+
+A step is one call of the transformer: 81 frames of 832x480 (480p: 32,760 tokens) or of 1280x720
+(720p: 75,600), weights and products in bfloat16. Guidance in one call has batch 2; in two calls it
+has batch 1 and takes the memory of that. Weights are split along fsdp and context and gathered a
+layer at a time; what is gathered is among the temporaries. The compiler has 15.75 GiB of a v5e,
+31.24 of a v6e and 94.74 of each device of a 7x. "text" is the text encoder (umT5-xxl in bfloat16,
+two prompts of 512 tokens), which is freed before the transformer comes; "vae" decodes in float32.
+
+{table}
+"""
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown; figures to the right."""
+    right = [False, False, False, True, False, False, True, True, True, True, True, True]
+    wide = [max(len(row[n]) for row in [_HEAD, *rows]) for n in range(len(_HEAD))]
+
+    def line(cells: Any) -> str:
+        padded = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(cells, wide, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = ("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(wide, right, strict=True))
+    return "\n".join([line(_HEAD), f"| {' | '.join(rule)} |", *map(line, rows)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The steps of making a Wan video, full-size and without weights, ready to be compiled."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from vmonarch_jax.models.params import split_params
+from vmonarch_jax.models.wan import presets
+from vmonarch_jax.models.wan.keys_transformer import transformer_entries
+from vmonarch_jax.models.wan.sharding import Sharding
+from vmonarch_jax.models.wan.transformer import WanTransformer
+from vmonarch_jax.models.wan.umt5 import UMT5Encoder
+from vmonarch_jax.models.wan.vae import WanVAE
+
+import vmonarch_jax as vm
+
+METHODS = {"dense": vm.Dense(), "vmonarch": vm.VMonarch(), "tiled": vm.TiledMonarch()}
+MODELS = {"1.3B": "wan2.1-t2v-1.3B", "14B": "wan2.1-t2v-14B"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A function of parameters and inputs.
+
+    Attributes:
+        function: called as `function(params, *inputs)`.
+        params: shapes by name, placed.
+        inputs: shapes, placed.
+    """
+
+    function: Callable[..., Any]
+    params: dict[str, jax.ShapeDtypeStruct]
+    inputs: tuple[jax.ShapeDtypeStruct, ...]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the parameters on one device."""
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in self.params.values()
+            if x.sharding is not None
+        )
+
+
+def denoising(
+    part: str, video: tuple[int, int, int], batch: int, attention: str, sharding: Sharding
+) -> Step:
+    """One call of a transformer; weights, products and text states in bfloat16."""
+    wan = presets.MODELS[MODELS[part]]
+    config = dataclasses.replace(wan.transformer, dtype="bfloat16")
+    rebuild, params = _abstract(
+        lambda: WanTransformer(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    )
+    places = sharding.param_shardings(transformer_entries(config))
+    latents = (batch, *wan.vae.latent_size(*video), config.in_channels)
+    text = (batch, config.text_length, config.text_dim)
+    # Alone, a device needs no `shard_map`.
+    mesh = sharding if sharding.mesh.size > 1 else None
+
+    def function(params: Any, latents: Any, time: Any, text: Any) -> Any:
+        model = rebuild(params)
+        return model(latents, time, text, attention=METHODS[attention], sharding=mesh)
+
+    return Step(
+        function,
+        {name: _placed(x, places[name]) for name, x in params.items()},
+        (
+            _input(sharding, latents, jnp.float32),
+            _input(sharding, (batch,), jnp.float32),
+            _input(sharding, text, jnp.bfloat16),
+        ),
+    )
+
+
+def text(batch: int, sharding: Sharding) -> Step:
+    """The text encoder on prompts of full length, in bfloat16."""
+    wan = presets.MODELS[MODELS["1.3B"]]
+    rebuild, params = _abstract(
+        lambda: UMT5Encoder(wan.text, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    )
+    whole = sharding.placed()
+
+    def function(params: Any, tokens: Any, mask: Any) -> Any:
+        return rebuild(params)(tokens, mask)
+
+    tokens = _input(sharding, (batch, wan.transformer.text_length), jnp.int32)
+    placed = {name: _placed(x, whole) for name, x in params.items()}
+    return Step(function, placed, (tokens, tokens))
+
+
+def decoding(video: tuple[int, int, int], sharding: Sharding) -> Step:
+    """Latents to the video, in float32, a latent frame at a time."""
+    config = presets.MODELS[MODELS["1.3B"]].vae
+    rebuild, params = _abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+    whole = sharding.placed()
+
+    def function(params: Any, latents: Any) -> Any:
+        return rebuild(params).decode(latents)
+
+    latents = (1, *config.latent_size(*video), config.latent_channels)
+    placed = {name: _placed(x, whole) for name, x in params.items()}
+    return Step(function, placed, (_input(sharding, latents, jnp.float32),))
+
+
+def _abstract(make: Callable[[], nnx.Module]) -> Any:
+    return split_params(nnx.eval_shape(make))
+
+
+def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def _input(sharding: Sharding, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    split = sharding.placed("batch", *[None] * (len(shape) - 1))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
