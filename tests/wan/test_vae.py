@@ -30,6 +30,11 @@ FORMS = {
     "flat": TINY,
     "shortcuts": dataclasses.replace(TINY, multipliers=(2, 2), patch=2, residual=True),
 }
+# The flat form is also under test in every golden.
+EACH_FORM = pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n == "flat")) for n, c in FORMS.items()],
+)
 # Most of the time of these tests is compilation.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 PUBLISHED = {"wan2.1": VAE_2_1, "wan2.2": VAE_2_2}
@@ -63,7 +68,7 @@ def test_decode_equals_golden(name):
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+@EACH_FORM
 def test_any_chunk_gives_the_same_and_later_frames_change_nothing(config, method):
     run = getattr(vae_of(config), method)
     decodes = method == "decode"
@@ -96,7 +101,7 @@ def test_sample_draws_from_the_posterior():
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
-@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+@EACH_FORM
 def test_memory_does_not_grow_with_frames(config, method):
     rebuild, params = split_params(abstract_vae(config))
 
