@@ -92,7 +92,7 @@ class Adapted(nnx.Module):
 
 
 def projections_of(model: WanTransformer) -> tuple[str, ...]:
-    """Names of the projections inside a block, such as "attn.q" and "mlp_in"."""
+    """Names of the projections inside a block, such as "attn.q" and "mlp_in", sorted."""
     return tuple(
         ".".join(map(str, path))
         for path, module in nnx.iter_modules(model.blocks)

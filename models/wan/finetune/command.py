@@ -134,9 +134,7 @@ def _tuning(args: argparse.Namespace, experts: bool, first_frame: bool) -> Tunin
 def _train_config(args: argparse.Namespace, shift: float) -> TrainConfig:
     flow = FlowConfig(**{"shift": shift} | options.take_fields(args, FlowConfig))
     defaults = _FULL_DEFAULTS if args.full else _LORA_DEFAULTS
-    return TrainConfig(
-        **defaults | options.take_fields(args, TrainConfig), flow=flow, schedule=args.schedule
-    )
+    return TrainConfig(**defaults | options.take_fields(args, TrainConfig) | {"flow": flow})
 
 
 def _none_of(args: argparse.Namespace, names: tuple[str, ...], way: str) -> None:
