@@ -260,11 +260,12 @@ class Sharding:
         self._divides("heads", q.shape[2], also="seq" if grid is not None else None)
         tokens = self.spec(("batch", "heads", "seq", None))
         keys = tokens if grid is not None else self.spec(("batch", "heads", "text", None))
-        run = _exchanged if grid is not None else _in_place
         ways = self.ways("seq")
 
         def share(*arrays: Array) -> Array:
-            return run(method, arrays, grid, self.axes("seq") if ways > 1 else ())
+            if grid is None:
+                return method(*(x.swapaxes(1, 2) for x in arrays), grid=None).swapaxes(1, 2)
+            return _exchanged(method, arrays, grid, self.axes("seq") if ways > 1 else ())
 
         # Checks of what varies over which axis know nothing of kernels; every array here is split
         # along all axes or whole, so that JAX sums gradients over the right ones without them.
@@ -338,10 +339,3 @@ def _exchanged(method: Any, arrays: Any, grid: vm.VideoGrid, context: tuple[str,
     whole = local * math.prod(jax.lax.axis_size(axis) for axis in context)
     out = _padded(out, whole)
     return jax.lax.all_to_all(out, context, 2, 1, tiled=True)
-
-
-def _in_place(method: Any, arrays: Any, grid: None, context: tuple[str, ...]) -> Array:
-    """Attention of one device's tokens on keys that it holds whole."""
-    del context
-    q, k, v = (x.swapaxes(1, 2) for x in arrays)
-    return method(q, k, v, grid=grid).swapaxes(1, 2)
