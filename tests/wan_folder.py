@@ -50,7 +50,7 @@ def small_config(kind: str = "t2v", dtype: str = "float32") -> WanConfig:
     if model.image is not None:
         image = ImageConfig(dim=24, heads=3, ffn_dim=40, layers=3, size=28, patch=7, dtype=dtype)
     transformer = TransformerConfig(
-        dim=48, heads=3, layers=3, ffn_dim=80, out_channels=channels,
+        dim=48, heads=3, layers=3, ffn_dim=84, out_channels=channels,
         in_channels=channels + (4 + channels if model.needs_image else 0),
         text_dim=20, freq_dim=32, image_dim=None if image is None else image.dim,
         per_token_time=model.first_frame, dtype=dtype,

@@ -98,7 +98,7 @@ class WanPipeline:
         found.require(*found.required)
         found = dataclasses.replace(found, config=with_dtype(found.config, dtype))
         text_length = found.config.transformer.text_length
-        tokenizer = WanTokenizer.load(found.tokenizer, text_length)
+        tokenizer = WanTokenizer.load(found.tokenizer or found.folder, text_length)
 
         def load(part: str) -> nnx.Module:
             kept = jnp.float32 if part == "vae" else jnp.dtype(dtype)

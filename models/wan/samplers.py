@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..flow import shift_time
-from .unipc import TIMES, UniPC, check_steps
+from .unipc import TIMES, UniPC, check_steps, shifted
 
 
 class EulerState(NamedTuple):
@@ -49,8 +48,8 @@ class Euler:
     @property
     def sigmas(self) -> Float[np.ndarray, " steps_1"]:
         """Noise level before each step and after the last one, which is 0."""
-        least = shift_time(np.float32(1 / TIMES), self.shift)
-        levels = shift_time(np.linspace(1.0, least, self.steps), self.shift)
+        least = shifted(np.array([1 / TIMES], np.float32), self.shift)[0]
+        levels = shifted(np.linspace(1.0, least, self.steps), self.shift)
         return np.append(levels, 0.0).astype(np.float32)
 
     @property

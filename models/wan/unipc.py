@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..flow import shift_time
-
 #: Times of the models: 0 is the video, 1000 the noise.
 TIMES = 1000
 # The first step starts this far from pure noise, whose log-SNR is minus infinity.
@@ -37,6 +35,11 @@ def check_steps(steps: int, shift: float) -> None:
     """Raises `ValueError` unless a sampler can take so many steps with that shift."""
     if steps < 1 or not shift > 0:
         raise ValueError(f"expected steps >= 1 and shift > 0, got {steps} and {shift}")
+
+
+def shifted(levels: np.ndarray, shift: float) -> np.ndarray:
+    """Noise levels moved towards the noise, as `flow.shift_time`, in the precision of `levels`."""
+    return shift * levels / (1 + (shift - 1) * levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,7 @@ class UniPC:
         else:
             # the training levels of the original are kept in float32
             ends = float(np.float32(1 - 1 / TIMES)), 0.0
-        levels = shift_time(np.linspace(*ends, self.steps + 1)[:-1], self.shift)
+        levels = shifted(np.linspace(*ends, self.steps + 1)[:-1], self.shift)
         return np.minimum(levels, 1 - _FIRST)
 
     def init(self, x: Float[Array, "batch *shape"]) -> UniPCState:

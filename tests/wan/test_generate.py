@@ -1,8 +1,11 @@
 """The command from end to end, on a small random Wan model in a folder like a download."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -112,6 +115,7 @@ def test_comparison_with_dense(folder, tmp_path, capsys):
     assert read_metadata(out)["psnr"] == 100
 
 
+@pytest.mark.slow
 def test_from_an_image(image_folder, tmp_path):
     picture = tmp_path / "first.png"
     pixels = np.random.default_rng(0).integers(0, 255, (70, 100, 3), np.uint8)
@@ -175,6 +179,29 @@ def test_an_image_is_asked_for(tmp_path, capsys):
     assert "makes a video from an image" in capsys.readouterr().err
     assert call(folder, tmp_path / "video.mp4", "--image", str(tmp_path / "none.png")) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_mesh_that_does_not_fit_is_found_early(folder, tmp_path, capsys):
+    assert call(folder, tmp_path / "video.mp4", "--mesh", "tensor=5") == 2
+    assert "devices" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(folder, tmp_path / "video.mp4", "--mesh", "heads=2")
+
+
+@pytest.mark.slow
+def test_two_devices_make_the_video_of_one(folder, tmp_path):
+    assert call(folder, tmp_path / "one.mp4", "--png") == 0
+    arguments = ["--weights", folder, "--out", tmp_path / "two.mp4", "--mesh", "data=2", "--png"]
+    arguments += ["--prompt", "a red fox runs in snow", "--size", "48x32", "--frames", "5"]
+    arguments += ["--steps", "4", "--dtype", "float32", "--compare", "dense"]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "vmonarch_jax.models.cli", "generate", *map(str, arguments)]
+    subprocess.run(command, env=environment, check=True)
+    for n in range(5):
+        one, two = (np.asarray(Image.open(tmp_path / name / f"{n:04d}.png"), int) for name in
+                    ("one", "two"))  # fmt: skip
+        assert np.abs(one - two[:, :48]).max() <= 1
+    assert read_metadata(tmp_path / "two.mp4")["certificate"] == []
 
 
 def test_images_are_covered_and_cut_in_the_middle():

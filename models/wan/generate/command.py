@@ -42,7 +42,7 @@ def add_generate(commands) -> None:
     )
     parser.add_argument(
         "--dense-layers", type=_numbers, default=(), metavar="N,N",
-        help="layers under dense attention; negative ones count from the end",
+        help="layers under dense attention, such as --dense-layers=0,-1 for the outermost",
     )  # fmt: skip
     parser.add_argument(
         "--compare", choices=options.METHODS, metavar="METHOD",

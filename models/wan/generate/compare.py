@@ -98,7 +98,9 @@ def certified_step(attention: Attention, steps: int, layers: int) -> int:
 
 def describe(certificate: list[dict[str, float]], psnr: float, ssim: float) -> str:
     """The report of a comparison, one line a layer."""
-    lines = [f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}", "layer  mean KL   max KL"]
+    lines = [f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"]
+    if certificate:
+        lines.append("layer  mean KL   max KL")
     for layer, row in enumerate(certificate):
         lines.append(f"{layer:>5}  {row['mean_kl']:.2e}  {row['max_kl']:.2e}")
     return "\n".join(lines)

@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ...demo.files import replacing, write_json
@@ -59,7 +61,7 @@ class Partial:
     def conditions(self) -> Conditions | None:
         """What `keep_conditions` kept, or `None`."""
         arrays = _read(self.folder / "conditions.npz")
-        return None if arrays is None else Conditions(**arrays)
+        return None if arrays is None else Conditions(**_on_device(arrays))
 
     def keep_conditions(self, conditions: Conditions) -> None:
         """Keeps the states of texts and image."""
@@ -74,12 +76,12 @@ class Partial:
         if arrays is None:
             return None
         step = int(arrays.pop("step"))
-        return step, type(sampler.init(np.zeros(1)))(**arrays)
+        return step, type(sampler.init(jnp.zeros(1)))(**_on_device(arrays))
 
     def keep_state(self, name: str, step: int, state: Any) -> None:
         """Keeps the sampler's state after a step; the last one is there until this one is whole."""
         arrays = {field: np.asarray(array) for field, array in state._asdict().items()}
-        _write(self.folder / f"{name}.npz", {"step": np.int64(step), **arrays})
+        _write(self.folder / f"{name}.npz", {"step": np.array(step), **arrays})
 
     def certificate(self) -> list[dict[str, float]]:
         """What `keep_certificate` kept, or none."""
@@ -114,4 +116,9 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     with replacing(path) as partial:
-        np.savez(partial, **arrays)
+        save: Any = np.savez  # its keywords are names of arrays, which its types do not say
+        save(partial, **arrays)
+
+
+def _on_device(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(array) for name, array in arrays.items()}

@@ -23,8 +23,9 @@ from ...demo.progress import phase
 from ..conditions import check_image, check_texts, fit_image
 from ..pipeline import WanPipeline, with_dtype
 from ..request import Request
-from ..sharding import Sharding, make_mesh
+from ..sharding import AXES, Sharding, make_mesh
 from ..weights.detect import Found, detect
+from ..weights.parts import part_entries
 from .compare import certified_step, certify, describe
 from .output import save_frames, save_mp4
 from .partial import Partial
@@ -80,7 +81,7 @@ class _Ready:
         """All that the result depends on, as JSON values."""
         image = None
         if self.pixels is not None:
-            image = hashlib.sha256(np.ascontiguousarray(self.pixels)).hexdigest()
+            image = hashlib.sha256(self.pixels.tobytes()).hexdigest()
         return {
             "model": self.config.name,
             "weights": self.found.folder.resolve().name,
@@ -164,7 +165,8 @@ def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: 
     done = 0 if start is None else start[0]
     noise = pipeline.noise(request)
     layers = ready.config.transformer.layers
-    wanted = job.compare is not None and name == "main"
+    # a step on several devices has no order of layers in which it could tell their certificates
+    wanted = job.compare is not None and name == "main" and pipeline.placement is None
     at = certified_step(attention, request.steps, layers)
     certificate: list[dict[str, float]] = partial.certificate() if wanted else []
 
@@ -221,11 +223,29 @@ def _check(job: Job) -> _Ready:
         raise ValueError(f"expected an --out that ends in .mp4, got {job.out}")
     if job.out.is_dir():
         raise ValueError(f"expected --out to be a file, got the folder {job.out}")
-    placement = None if job.mesh is None else Sharding(make_mesh(**job.mesh))
+    placement = None if job.mesh is None else _placement(job.mesh)
+    if placement is not None:
+        _check_placement(placement, found)
     pipeline = WanPipeline.open(found, job.dtype, placement)
     texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
     check_texts(pipeline.tokenizer, texts)
     return _Ready(job, found, request, pixels, pipeline)
+
+
+def _placement(sizes: Mapping[str, int]) -> Sharding:
+    data, fsdp, context, tensor = (sizes.get(axis, 1) for axis in AXES)
+    return Sharding(make_mesh(data, fsdp, context, tensor))
+
+
+def _check_placement(placement: Sharding, found: Found) -> None:
+    heads = found.config.transformer.heads
+    ways = placement.ways("heads") * placement.ways("seq")
+    if heads % ways:
+        raise ValueError(
+            f"expected a mesh whose tensor * context divides {heads} heads, got {ways}"
+        )
+    for part in found.parts:
+        placement.param_shardings(part_entries(found.config, part))
 
 
 def _partial_folder(out: pathlib.Path) -> pathlib.Path:
