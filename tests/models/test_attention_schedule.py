@@ -84,8 +84,8 @@ def test_small_model_samples_under_a_schedule(model):
         )
 
     dense, mixed = run(DENSE), run(AttentionSchedule(MONARCH, warmup_steps=2))
-    assert np.abs(dense - run(MONARCH)).max() > 1e-4
-    assert 0 < np.abs(dense - mixed).max() < np.abs(dense - run(MONARCH)).max()
+    assert np.abs(dense - mixed).max() > 1e-5
+    assert np.abs(run(MONARCH) - mixed).max() > 1e-5
     np.testing.assert_allclose(run(AttentionSchedule(MONARCH, warmup_steps=3)), dense, atol=1e-5)
     seen = []
     again = run(AttentionSchedule(MONARCH, warmup_steps=2), on_step=lambda n, x: seen.append(n))
