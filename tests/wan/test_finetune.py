@@ -419,6 +419,34 @@ def test_command_tunes_and_says_how_to_use_it(places, tmp_path, capsys):
     assert "VMonarch" in settings["attention"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [True, False])
+def test_four_devices_do_as_one(places, tmp_path, full):
+    flags = ["--steps", "3", "--batch-size", "4", "--warmup-steps", "1", "--learning-rate", "0.003"]
+    flags += ["--full"] if full else ["--rank", "3"]
+    write_clips(tmp_path / "videos", 4)
+    flags += ["--data", str(tmp_path / "videos"), "--cache", str(tmp_path / "cache")]
+    assert command(places, tmp_path / "one", *flags) == 0
+    program = "import sys; from vmonarch_jax.models import cli; sys.exit(cli.main(sys.argv[1:]))"
+    common = ["--weights", places / "wan", "--size", "48x32", "--frames", "5"]
+    common += ["--dtype", "float32", "--quiet", "--mesh", "data=2,fsdp=2", "--out"]
+    devices = "--xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
+    # twice: the second call finds a whole run, whose parameters lie on the mesh
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", program, "finetune", *common, tmp_path / "four", *flags],
+            check=True, env=environment,
+        )  # fmt: skip
+    one, four = (
+        [[float(row[name]) for name in ("loss", "grad_norm")] for row in losses(tmp_path / run)]
+        for run in ("one", "four")
+    )
+    np.testing.assert_allclose(four, one, rtol=1e-3)
+    made = "model" if full else "lora.safetensors"
+    assert (tmp_path / "four" / made).exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
