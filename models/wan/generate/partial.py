@@ -33,8 +33,8 @@ class Partial:
     def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], resume: bool) -> None:
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
-        if not folder.exists():
-            return
+        if not list(folder.glob("*.npz")):
+            return  # nothing was finished that could be lost
         if not resume:
             raise ValueError(
                 f"{folder} is left of an interrupted run: expected --resume to go on from there, "
