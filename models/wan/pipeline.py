@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +33,29 @@ from .sharding import Sharding
 from .tokenizer import WanTokenizer
 from .weights.detect import Found, detect
 from .weights.load import load_part
+from .weights.lora import check_lora, merge_lora
+from .weights.parts import part_entries
 
 #: Gives a part by name: "transformer", "transformer_2", "vae", "text_encoder", "image_encoder".
 Loader = Callable[[str], nnx.Module]
 
 #: `on_step(n, state)` after step n, from 1 on, with all that the sampler carries.
 OnStep = Callable[[int, Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAFile:
+    """A LoRA that is merged onto a transformer.
+
+    Attributes:
+      path: the safetensors file.
+      part: "transformer", or "transformer_2": the expert of low noise.
+      strength: factor of its difference.
+    """
+
+    path: pathlib.Path
+    part: str = "transformer"
+    strength: float = 1.0
 
 
 class WanPipeline:
@@ -83,6 +100,7 @@ class WanPipeline:
         found: Found | str | pathlib.Path,
         dtype: str = "bfloat16",
         placement: Sharding | None = None,
+        lora: Sequence[LoRAFile] = (),
     ) -> WanPipeline:
         """The pipeline of a folder of weights; a part is read when it is needed.
 
@@ -90,9 +108,12 @@ class WanPipeline:
           found: the folder, or what `detect` found in it.
           dtype: "bfloat16" or "float32", of the weights and matmuls of transformers and encoders;
             the autoencoder is float32 in any case, where bfloat16 would be seen.
+          placement: where arrays lie on a mesh; `None`: one device.
+          lora: files that are merged onto the transformers as these are read.
 
         Raises:
-          ValueError: the folder lacks something that making a video takes.
+          ValueError: the folder lacks something that making a video takes, or a LoRA is of another
+            model.
         """
         found = found if isinstance(found, Found) else detect(found)
         found.require(*found.required)
@@ -100,9 +121,18 @@ class WanPipeline:
         text_length = found.config.transformer.text_length
         tokenizer = WanTokenizer.load(found.tokenizer or found.folder, text_length)
 
+        for one in lora:
+            found.require(one.part)
+            check_lora(one.path, part_entries(found.config, one.part))
+
         def load(part: str) -> nnx.Module:
             kept = jnp.float32 if part == "vae" else jnp.dtype(dtype)
-            return load_part(found, part, kept, placement)
+            module = load_part(found, part, kept, placement)
+            for one in (one for one in lora if one.part == part):
+                rebuild, params = split_params(module)
+                entries = part_entries(found.config, part)
+                module = rebuild(merge_lora(params, one.path, entries, one.strength))
+            return module
 
         return cls(found.config, load, tokenizer, placement)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from vmonarch_jax.models import FlowConfig, cli, split_params
 from vmonarch_jax.models.checkpoint import Checkpoints
 from vmonarch_jax.models.flow import sample_times
@@ -38,8 +39,9 @@ from vmonarch_jax.models.wan.transformer import WanTransformer
 from vmonarch_jax.models.wan.weights.detect import detect
 from vmonarch_jax.models.wan.weights.load import load_part
 from vmonarch_jax.models.wan.weights.lora import merge_lora, save_lora
+from vmonarch_jax.models.wan.weights.save import export_weights, save_weights
 from wan_clips import moving_square, write_clips, write_video
-from wan_folder import random_params, small_config, write_folder
+from wan_folder import parts_of, random_params, small_config, write_folder, write_tokenizer
 
 import vmonarch_jax as vm
 
@@ -341,6 +343,7 @@ def test_killed_run_goes_on_to_the_bit(places, run, tmp_path):
     assert (tmp_path / "lora.safetensors").read_bytes() == (run / "lora.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_full_tuning_learns_one_video_and_goes_home(places, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "wan").symlink_to(places / "wan")
@@ -370,6 +373,34 @@ def test_full_tuning_learns_one_video_and_goes_home(places, tmp_path):
     assert not list(made.parent.glob(".model*"))
 
 
+@pytest.mark.parametrize("convention", ["diffusers", "original", "orbax"])
+def test_whole_models_keep_their_layout(tmp_path, convention):
+    config = small_config("t2v-two")
+    parts = {part: random_params(config, part) for part in parts_of(config)}
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    if convention == "orbax":
+        save_weights(tmp_path / "wan", config, parts, tokenizer)
+    else:
+        export_weights(
+            tmp_path / "wan", config, parts, convention, dtype=jnp.bfloat16,
+            shard_bytes=100_000, tokenizer=tokenizer,
+        )  # fmt: skip
+    found = detect(tmp_path / "wan")
+    tuned = {n: jnp.asarray(2 * v) for n, v in parts["transformer_2"].items()}
+    for _ in range(2):  # the second time over the first
+        tuning.save_model(tmp_path / "tuned", found, "transformer_2", tuned)
+    again = detect(tmp_path / "tuned")
+    again.require(*again.required)
+    assert (again.config, again.convention) == (found.config, convention)
+    for part in parts:
+        old, new = (split_params(load_part(f, part, None))[1] for f in (found, again))
+        factor = 2 if part == "transformer_2" else 1
+        for name, value in old.items():
+            assert new[name].dtype == value.dtype
+            np.testing.assert_array_equal(new[name], factor * value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer", "tuned", "wan"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size", "fields"),
@@ -380,7 +411,7 @@ def test_full_tuning_learns_one_video_and_goes_home(places, tmp_path):
     ],
 )
 def test_every_kind_of_model_is_tuned(places, tmp_path, kind, size, fields):
-    write_folder(tmp_path / "wan", small_config(kind), "original" if kind == "i2v" else "diffusers")
+    write_folder(tmp_path / "wan", small_config(kind))
     (tmp_path / "videos").symlink_to(places / "videos")
     settings = dataclasses.replace(SETTINGS, size=size)
     cache = open_cache(tmp_path, settings=settings)
@@ -417,6 +448,33 @@ def test_command_tunes_and_says_how_to_use_it(places, tmp_path, capsys):
     assert settings["train"]["flow"]["shift"] == 2
     assert settings["tuning"]["lora"] == {"rank": 3, "alpha": 6, "projections": ["attn"]}
     assert "VMonarch" in settings["attention"]
+
+
+@pytest.mark.slow
+def test_generate_uses_the_file(places, run, tmp_path, capsys):
+    flags = ["--prompt", "a red fox", "--size", "48x32", "--frames", "5", "--steps", "2"]
+    flags += ["--dtype", "float32", "--png", "--weights", str(places / "wan"), "--out"]
+
+    def frames(name, *lora):
+        assert cli.main(["generate", *flags, str(tmp_path / f"{name}.mp4"), *map(str, lora)]) == 0
+        found = sorted((tmp_path / name).glob("*.png"))
+        return np.stack([np.asarray(Image.open(path), int) for path in found])
+
+    file = run / "lora.safetensors"
+    plain, tuned = frames("plain"), frames("tuned", "--lora", file)
+    assert np.abs(tuned - plain).mean() > 1
+    weak = frames("weak", "--lora", file, "--lora-strength", "0")
+    np.testing.assert_array_equal(weak, plain)
+    written = json.loads((tmp_path / "tuned.json").read_text())
+    assert written["lora"][0]["path"] == "lora.safetensors"
+    capsys.readouterr()
+    for lora, words in (
+        (["--lora-low", file], "expected transformer_2"),
+        (["--lora", places / "wan" / "vae" / "config.json"], "expected .safetensors"),
+        (["--lora", min((places / "cache").glob("latents*"))], "expected a LoRA of this model"),
+    ):
+        assert cli.main(["generate", *flags, str(tmp_path / "no.mp4"), *map(str, lora)]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

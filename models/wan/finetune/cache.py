@@ -186,7 +186,7 @@ class ClipCache:
                 self._encode_videos(load(self.found, "vae", jnp.float32), each(videos, "videos"))
             # each part is an argument alone, so that it is let go before the next is loaded
             config = self.found.config
-            if images:
+            if images and config.image is not None:
                 self._encode_images(
                     load(self.found, "image_encoder", config.image.compute_dtype),
                     each(images, "first frames"),

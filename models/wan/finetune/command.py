@@ -105,7 +105,8 @@ def run_wan(args: argparse.Namespace) -> None:
         found, find_clips(args.data), settings, args.cache or args.out / "cache", tuning.dtype
     )
     made = tune(args.out, cache, config, tuning, sharding=sharding, progress=not args.quiet)
-    used = f"{args.weights} --lora {made}" if made.name == LORA_FILE else str(made)
+    flag = "--lora-low" if args.expert == "low" else "--lora"
+    used = f"{args.weights} {flag} {made}" if made.name == LORA_FILE else str(made)
     print(f"done: {made}, curve in {args.out / 'loss.png'}; vmonarch generate --weights {used}")
 
 
@@ -133,8 +134,9 @@ def _tuning(args: argparse.Namespace, experts: bool, first_frame: bool) -> Tunin
 
 def _train_config(args: argparse.Namespace, shift: float) -> TrainConfig:
     flow = FlowConfig(**{"shift": shift} | options.take_fields(args, FlowConfig))
-    defaults = _FULL_DEFAULTS if args.full else _LORA_DEFAULTS
-    return TrainConfig(**defaults | options.take_fields(args, TrainConfig) | {"flow": flow})
+    values: dict[str, Any] = {**(_FULL_DEFAULTS if args.full else _LORA_DEFAULTS)}
+    values |= options.take_fields(args, TrainConfig)
+    return TrainConfig(**values, flow=flow)
 
 
 def _none_of(args: argparse.Namespace, names: tuple[str, ...], way: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import av
+import av.error
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -220,13 +221,14 @@ def packet_times(clip: Clip) -> list[float]:
             rate = float(stream.average_rate or 0)
             packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
             stamps = [p.pts if p.pts is not None else p.dts for p in packets]
+            known = [stamp for stamp in stamps if stamp is not None]
             base = float(stream.time_base or 0)
-    except (av.FFmpegError, IndexError) as error:
+    except (av.error.FFmpegError, IndexError) as error:
         raise _unreadable(clip, error) from error
     if not packets:
         raise _unreadable(clip, "no frames")
-    if base and all(stamp is not None for stamp in stamps):
-        return sorted(stamp * base for stamp in stamps)
+    if base and len(known) == len(stamps):
+        return sorted(stamp * base for stamp in known)
     if not rate:
         raise _unreadable(clip, "frames without times")
     return [n / rate for n in range(len(packets))]
@@ -250,7 +252,7 @@ def _decoded(clip: Clip) -> Iterator[tuple[float, Image.Image]]:
                 pixels = frame.to_ndarray(format="rgb24")
                 turns = round(getattr(frame, "rotation", 0) / 90)
                 yield time, Image.fromarray(np.ascontiguousarray(np.rot90(pixels, turns)))
-    except (av.FFmpegError, IndexError) as error:
+    except (av.error.FFmpegError, IndexError) as error:
         raise _unreadable(clip, error) from error
 
 

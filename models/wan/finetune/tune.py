@@ -120,6 +120,8 @@ def tune(
     """
     found, folder = cache.found, pathlib.Path(folder)
     check_tuning(found, tuning)
+    if sharding is not None:
+        _check_mesh(found, tuning.part, config.batch_size, sharding)
     if len(cache.clips) < config.batch_size:
         raise ValueError(
             f"expected at least batch_size = {config.batch_size} videos, got {len(cache.clips)}"
@@ -166,6 +168,17 @@ def tune(
         return folder / LORA_FILE
     save_model(folder / MODEL_FOLDER, found, tuning.part, state.averaged)
     return folder / MODEL_FOLDER
+
+
+def _check_mesh(found: Found, part: str, batch: int, sharding: Sharding) -> None:
+    sharding.param_shardings(part_entries(found.config, part))
+    heads = found.config.transformer.heads
+    for what, size, ways in (
+        ("heads", heads, sharding.ways("heads") * sharding.ways("seq")),
+        ("videos a batch", batch, sharding.ways("batch")),
+    ):
+        if size % ways:
+            raise ValueError(f"expected a mesh whose {ways} shares divide the {size} {what}")
 
 
 def prepare(

@@ -7,6 +7,7 @@ import pathlib
 
 from ... import cli_options as options
 from ...attention_schedule import Attention, AttentionSchedule
+from ..pipeline import LoRAFile
 from ..samplers import SAMPLERS
 from ..sharding import AXES
 from .run import Job, generate, plan
@@ -28,7 +29,7 @@ def add_generate(commands) -> None:
     parser.add_argument("--image", type=folder, metavar="FILE", help="the first frame")
     parser.add_argument("--out", type=folder, default=folder("video.mp4"), metavar="FILE")
     group = parser.add_argument_group("video (default: as the model's authors sample it)")
-    group.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT")
+    group.add_argument("--size", type=options.size2, metavar="WIDTHxHEIGHT")
     group.add_argument("--frames", type=int, metavar="N")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     group.add_argument("--guidance", type=float, metavar="W", help="1 is none, at half the cost")
@@ -36,6 +37,11 @@ def add_generate(commands) -> None:
     group.add_argument("--shift", type=float, metavar="S", help="of the noise levels")
     group.add_argument("--sampler", choices=SAMPLERS, help="default unipc")
     group.add_argument("--seed", type=int, metavar="N", help="default 0")
+    group = parser.add_argument_group("LoRA")
+    files = {"type": folder, "action": "append", "default": [], "metavar": "FILE"}
+    group.add_argument("--lora", **files, help="merged onto the transformer; may be repeated")
+    group.add_argument("--lora-low", **files, help="likewise, onto the expert of low noise")
+    group.add_argument("--lora-strength", type=float, default=1.0, metavar="S", help="default 1")
     options.add_attention(parser, "vmonarch")
     parser.add_argument(
         "--dense-steps", type=int, default=0, metavar="N", help="first steps under dense attention"
@@ -57,8 +63,9 @@ def add_generate(commands) -> None:
         "--two-calls", action="store_true", help="guidance in two calls, in half the memory"
     )
     parser.add_argument(
-        "--mesh", type=_mesh, metavar="AXIS=N,...", help=f"devices along {', '.join(AXES)}"
-    )
+        "--mesh", type=options.mesh_axes, metavar="AXIS=N,...",
+        help=f"devices along {', '.join(AXES)}",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be loaded, the memory and the FLOPs"
@@ -80,6 +87,11 @@ def _run(args: argparse.Namespace) -> None:
         compare=None if args.compare is None else options.METHODS[args.compare](),
         frames=args.png,
         resume=args.resume,
+        lora=tuple(
+            LoRAFile(path, part, args.lora_strength)
+            for part, paths in (("transformer", args.lora), ("transformer_2", args.lora_low))
+            for path in paths
+        ),
     )
     if args.dry_run:
         print(plan(job))
@@ -99,28 +111,8 @@ def _attention(args: argparse.Namespace) -> Attention:
     )  # fmt: skip
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        width = height = 0
-    if min(width, height) < 1:
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 832x480, got {text!r}")
-    return width, height
-
-
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers such as 0,1, got {text!r}") from None
-
-
-def _mesh(text: str) -> dict[str, int]:
-    try:
-        sizes = {axis: int(size) for axis, size in (pair.split("=") for pair in text.split(","))}
-    except ValueError:
-        sizes = {}
-    if not sizes or not sizes.keys() <= set(AXES):
-        raise argparse.ArgumentTypeError(f"expected AXIS=N,... of {', '.join(AXES)}, got {text!r}")
-    return sizes

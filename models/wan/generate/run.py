@@ -21,7 +21,7 @@ from ...demo.files import write_json
 from ...demo.measure import likeness
 from ...demo.progress import phase
 from ..conditions import check_image, check_texts, fit_image
-from ..pipeline import WanPipeline, with_dtype
+from ..pipeline import LoRAFile, WanPipeline, with_dtype
 from ..request import Request
 from ..sharding import AXES, Sharding, make_mesh
 from ..weights.detect import Found, detect
@@ -48,6 +48,7 @@ class Job:
       compare: a method whose video is made too and written beside, or `None`.
       frames: whether to write PNG frames too.
       resume: whether to go on with an interrupted run.
+      lora: what is merged onto the transformers.
     """
 
     weights: pathlib.Path
@@ -61,6 +62,7 @@ class Job:
     compare: Attention | None = None
     frames: bool = False
     resume: bool = False
+    lora: tuple[LoRAFile, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Ready:
             "image": image,
             "dtype": self.job.dtype,
             "batched": self.job.batched,
+            "lora": [_lora_identity(one) for one in self.job.lora],
             "vmonarch_jax": vm.__version__,
             "jax": jax.__version__,
         }
@@ -226,7 +229,7 @@ def _check(job: Job) -> _Ready:
     placement = None if job.mesh is None else _placement(job.mesh)
     if placement is not None:
         _check_placement(placement, found)
-    pipeline = WanPipeline.open(found, job.dtype, placement)
+    pipeline = WanPipeline.open(found, job.dtype, placement, job.lora)
     texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
     check_texts(pipeline.tokenizer, texts)
     return _Ready(job, found, request, pixels, pipeline)
@@ -246,6 +249,12 @@ def _check_placement(placement: Sharding, found: Found) -> None:
         )
     for part in found.parts:
         placement.param_shardings(part_entries(found.config, part))
+
+
+def _lora_identity(lora: LoRAFile) -> dict[str, Any]:
+    with lora.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {**dataclasses.asdict(lora), "path": lora.path.name, "sha256": digest}
 
 
 def _partial_folder(out: pathlib.Path) -> pathlib.Path:

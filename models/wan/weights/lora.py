@@ -83,6 +83,11 @@ def merge_lora(
     return merged
 
 
+def check_lora(file: str | pathlib.Path, entries: Iterable[Entry]) -> None:
+    """Raises the `ValueError` that `merge_lora` would; reads the file's header only."""
+    _differences(pathlib.Path(file), tuple(entries))
+
+
 @functools.cache
 def _adder(sharding: Any, stacked: bool) -> Callable[[Array, np.ndarray, int], Array]:
     def add(value: Array, delta: Array, layer: Array) -> Array:
