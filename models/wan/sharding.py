@@ -34,7 +34,8 @@ class Rule:
 
     Attributes:
       logical: name of the array's axis.
-      params: mesh axes where the array is a parameter, its gradient or its optimizer's state.
+      params: mesh axes where the array is a parameter, its gradient or its optimizer's state;
+        vectors lie as activations do.
       activations: where it is anything else: activations, cached states, text and image states.
     """
 
@@ -188,10 +189,10 @@ class Sharding:
         """
         found = {}
         for entry in entries:
-            names = entry.logical or (None,) * len(entry.full_shape)
+            names, of = entry.logical or (None,) * len(entry.full_shape), _column(entry)
             for name, size in zip(names, entry.full_shape, strict=True):
-                self._divides(name, size, "params", f"{entry.name}: ")
-            found[entry.name] = self._placed(self.spec(names, "params"))
+                self._divides(name, size, of, f"{entry.name}: ")
+            found[entry.name] = self._placed(self.spec(names, of))
         return found
 
     def gather(self, module: Model, entries: Iterable[Entry], under: str = "") -> Model:
@@ -206,15 +207,16 @@ class Sharding:
           entries: of the whole model.
           under: such as "blocks.", where the module is one layer of the model's blocks.
         """
-        logical = {entry.name: entry.logical for entry in entries}
+        known = {entry.name: entry for entry in entries}
 
         def laid_out(name: str, value: Array) -> Array:
-            names = logical.get(under + name, ())
+            entry = known.get(under + name)
+            names = entry.logical if entry else ()
             if len(names) == value.ndim + 1:
                 names = names[1:]
-            elif not names or names[0] == "layers":
+            elif entry is None or not names or names[0] == "layers":
                 return value
-            there, here = self.spec(names), self.spec(names, "params")
+            there, here = self.spec(names), self.spec(names, _column(entry))
             return _moved(value, self._placed(there), self._placed(here))
 
         rebuild, params = split_params(module)
@@ -297,6 +299,11 @@ class Sharding:
 
     def _placed(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
+
+
+def _column(entry: Entry) -> str:
+    """Of the table: vectors lie as they are used; to gather them would cost more than it saves."""
+    return "params" if len(entry.shape) > 1 else "activations"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
