@@ -51,19 +51,18 @@ TUNING = Tuning(vm.VMonarch(), LoRA(rank=3, alpha=6), dtype="float32")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """A program that several runs have in common is compiled once for all of them."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for values in (wanted, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values is wanted:
-            yield
+def compiled_once():
+    """Runs with the same settings share one compiled step."""
+    kept, make_loss = {}, tuning.loss_of
+
+    def loss_of(found, model, config, how, sharding):
+        made = make_loss(found, model, config, how, sharding)
+        return kept.setdefault((found.folder, config, how), made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "loss_of", loss_of)
+        patch.setattr(tuning, "make_update", functools.cache(tuning.make_update))
+        yield
 
 
 @pytest.fixture(scope="module")
