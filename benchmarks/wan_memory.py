@@ -204,7 +204,7 @@ def measure(case: Case) -> dict[str, Any]:
     kinds = collections.Counter(
         f"{c.kind} {' '.join(c.axes)}" for c in collectives.collectives(hlo, sharding.mesh)
     )
-    odd = collectives.unannounced(hlo, sharding)
+    odd = collectives.unannounced(hlo, sharding, unsplit=step.unsplit)
     return {
         "fits": True,
         "weights": step.weights,

@@ -30,11 +30,13 @@ class Step:
         function: called as `function(params, *inputs)`.
         params: shapes by name, placed.
         inputs: shapes, placed.
+        unsplit: elements on one device of the largest activation that no token splits.
     """
 
     function: Callable[..., Any]
     params: dict[str, jax.ShapeDtypeStruct]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
+    unsplit: int = 0
 
     @property
     def weights(self) -> int:
@@ -73,6 +75,7 @@ def denoising(
             _input(sharding, (batch,), jnp.float32),
             _input(sharding, text, jnp.bfloat16),
         ),
+        unsplit=batch // sharding.ways("batch") * config.text_length * config.dim,
     )
 
 

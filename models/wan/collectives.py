@@ -52,8 +52,18 @@ class Collective:
     source: str
 
 
-def announced(sharding: Sharding, training: bool = False) -> tuple[Announced, ...]:
-    """The collectives that the rules imply, in the forward pass or in a training step."""
+def announced(
+    sharding: Sharding, training: bool = False, unsplit: int = 0
+) -> tuple[Announced, ...]:
+    """The collectives that the rules imply, in the forward pass or in a training step.
+
+    Args:
+      sharding: the mesh and its rules.
+      training: whether gradients are taken.
+      unsplit: elements on one device of the largest activation that is whole along the mesh axes
+        of "seq", such as text states. Where these are smaller than a parameter, the compiler may
+        rather multiply them by the parts of it that each device has, and sum.
+    """
     batch, seq = sharding.axes("batch"), sharding.axes("seq")
     params = sharding.axes("embed", "params")
     sums = tuple({*sharding.axes("heads"), *sharding.axes("mlp")})
@@ -65,6 +75,9 @@ def announced(sharding: Sharding, training: bool = False) -> tuple[Announced, ..
             ("all-reduce",), sums, "products that sum over heads or mlp; mean squares over heads"
         ),
     )
+    if unsplit:
+        why = "products of text and time with the parts of a parameter"
+        found = (*found, Announced(("all-reduce",), params, why, unsplit))
     if not training:
         return found
     both = ("all-reduce", "reduce-scatter")
@@ -75,9 +88,11 @@ def announced(sharding: Sharding, training: bool = False) -> tuple[Announced, ..
     )
 
 
-def unannounced(hlo: str, sharding: Sharding, training: bool = False) -> list[Collective]:
+def unannounced(
+    hlo: str, sharding: Sharding, training: bool = False, unsplit: int = 0
+) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`) that no rule announces."""
-    allowed = announced(sharding, training)
+    allowed = announced(sharding, training, unsplit)
 
     def fits(found: Collective, rule: Announced) -> bool:
         within = rule.most is None or found.elements <= rule.most

@@ -164,6 +164,9 @@ def test_what_is_not_announced_is_found():
             if not unannounced(operation(kind, groups), sharding, training)
         }
         assert silent == expected
+    text = operation("all-reduce", along["context"])
+    assert unannounced(text, sharding, unsplit=15)
+    assert not unannounced(text, sharding, unsplit=16)
     norm = operation("all-reduce", "replica_groups={}", "f32[]")
     assert unannounced(norm, sharding)
     assert not unannounced(norm, sharding, training=True)
