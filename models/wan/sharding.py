@@ -211,11 +211,12 @@ class Sharding:
 
         def laid_out(name: str, value: Array) -> Array:
             entry = known.get(under + name)
-            names = entry.logical if entry else ()
-            if len(names) == value.ndim + 1:
-                names = names[1:]
-            elif entry is None or not names or names[0] == "layers":
+            if entry is None or not entry.logical:
                 return value
+            stacked = entry.layers > 0
+            if stacked and len(entry.logical) == value.ndim:
+                return value
+            names = entry.logical[1:] if stacked else entry.logical
             there, here = self.spec(names), self.spec(names, _column(entry))
             return _moved(value, self._placed(there), self._placed(here))
 
