@@ -6,7 +6,9 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 from vmonarch_jax.models.wan.config import TransformerConfig, VAEConfig, WanConfig
+from vmonarch_jax.models.wan.weights.configs import write_config
 from vmonarch_jax.models.wan.weights.parts import part_entries
+from vmonarch_jax.models.wan.weights.stored import Stored
 
 TRANSFORMER = TransformerConfig(
     dim=24, heads=2, layers=3, ffn_dim=40, in_channels=4, out_channels=4, text_dim=10, freq_dim=8
@@ -46,3 +48,22 @@ def write_folder(folder, tensors, config=None):
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
+
+
+def written(folder, tensors, name="x.safetensors"):
+    """A safetensors file of some arrays, as the reader sees it."""
+    save_file(tensors, folder / name)
+    return Stored([folder / name])
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(np.asarray(got[name]), value, err_msg=name)
+
+
+def diffusers_folder(folder, config, params, dtype=np.float32):
+    tensors = {k: v.astype(dtype) for k, v in tensors_of(config, params, "diffusers").items()}
+    sizes = write_config("transformer", config)
+    write_folder(folder / "transformer", tensors, sizes)
+    return folder

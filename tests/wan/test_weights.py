@@ -1,27 +1,22 @@
 """Weights: files read without torch, folders recognised, strict loading, saving, exporting."""
 
 import dataclasses
-import io
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from vmonarch_jax.models.params import split_params
-from vmonarch_jax.models.wan.presets import MODELS, VAE_2_1, VAE_2_2
 from vmonarch_jax.models.wan.weights import save as save_module
 from vmonarch_jax.models.wan.weights.configs import (
-    config_from_json,
     config_to_json,
     write_config,
     write_original,
@@ -29,10 +24,18 @@ from vmonarch_jax.models.wan.weights.configs import (
 from vmonarch_jax.models.wan.weights.detect import NOTE, detect
 from vmonarch_jax.models.wan.weights.entry import Entry
 from vmonarch_jax.models.wan.weights.load import check_keys, load_params, load_part
-from vmonarch_jax.models.wan.weights.parts import part_entries
 from vmonarch_jax.models.wan.weights.save import export_weights, save_weights
-from vmonarch_jax.models.wan.weights.stored import Stored, read_metadata, write_safetensors
-from wan_weights import IMAGE, SMALL, TRANSFORMER, random_params, tensors_of, write_folder
+from wan_weights import (
+    IMAGE,
+    SMALL,
+    TRANSFORMER,
+    assert_same,
+    diffusers_folder,
+    random_params,
+    tensors_of,
+    write_folder,
+    written,
+)
 
 HERE = Path(__file__).parent
 PTH = HERE.parent / "goldens/wan/tensors.pth"
@@ -48,145 +51,8 @@ ENTRIES = (
 )  # fmt: skip
 
 
-def written(folder, tensors, name="x.safetensors"):
-    save_file(tensors, folder / name)
-    return Stored([folder / name])
-
-
 def params_of(model):
     return {name: np.asarray(value) for name, value in split_params(model)[1].items()}
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        np.testing.assert_array_equal(np.asarray(got[name]), value, err_msg=name)
-
-
-# --- files
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.bool_])
-def test_safetensors_of_every_dtype(tmp_path, dtype):
-    random = np.random.default_rng(0)
-    want = {"a": random.normal(size=(3, 5)).astype(dtype), "b.c": np.array(1, dtype)}
-    want["empty"] = np.zeros((0, 4), dtype)
-    stored = written(tmp_path, want)
-    assert_same({key: tensor.read() for key, tensor in stored.items()}, want)
-    shapes = {key: (value.shape, value.dtype) for key, value in want.items()}
-    write_safetensors(tmp_path / "ours.safetensors", shapes, want.__getitem__, {"made": "here"})
-    assert_same(load_file(tmp_path / "ours.safetensors"), want)
-    assert read_metadata(tmp_path / "ours.safetensors") == {"format": "pt", "made": "here"}
-
-
-def test_safetensors_damaged(tmp_path):
-    whole = tmp_path / "whole.safetensors"
-    save_file({"a": np.ones((4, 5), np.float32)}, whole)
-    data = whole.read_bytes()
-    path = tmp_path / "x.safetensors"
-    for cut in (0, 7, 40, len(data) - 1):
-        path.write_bytes(data[:cut])
-        with pytest.raises(ValueError, match=r"x\.safetensors: expected"):
-            Stored([path])
-    for wrong in (data.replace(b"F32", b"F99"), data.replace(b"[4,5]", b"[4,6]")):
-        path.write_bytes(wrong)
-        with pytest.raises(ValueError, match="expected a whole safetensors file"):
-            Stored([path])
-    with pytest.raises(ValueError, match="expected a file of weights, got none"):
-        Stored([tmp_path / "none.safetensors"])
-    with pytest.raises(ValueError, match="expected each key once, got 'a'"):
-        Stored([whole, whole])
-
-
-def test_pth_without_torch():
-    stored = Stored([PTH])
-    whole = np.arange(24, dtype=np.float32)
-    want = {
-        "matrix": whole.reshape(4, 6),
-        "transposed": whole.reshape(4, 6).T,
-        "window": whole[3:21].reshape(3, 6)[:, 1:4],
-        "half": (np.arange(5) / 4).astype(np.float16),
-        "bfloat": (np.arange(6) / 8).astype(ml_dtypes.bfloat16).reshape(2, 3),
-        "parameter": np.array([1.5, -2.5], np.float32),
-        "scalar": np.array(7, np.float32),
-        "empty": np.zeros((0, 3), np.float32),
-        "whole": np.arange(3),
-    }
-    got = {key: tensor.read() for key, tensor in stored.items()}
-    assert_same(got, want)
-    assert {key: value.dtype for key, value in got.items()} == {k: v.dtype for k, v in want.items()}
-    with pytest.raises(ValueError, match="read-only"):
-        got["matrix"][0, 0] = 1
-
-
-def pth(path, pickled, values=bytes(64), compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/data/0", values)
-    return path
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def tensor_pickle(offset=0, shape=(2, 3), strides=(3, 1), kind="FloatStorage", state=b""):
-    """What torch.save writes for {"a": tensor}, by hand."""
-    out = io.BytesIO()
-    out.write(b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((")
-    for text in ("storage",):
-        out.write(b"X" + len(text).to_bytes(4, "little") + text.encode())
-    out.write(b"ctorch\n" + kind.encode() + b"\n")
-    for text in ("0", "cpu"):
-        out.write(b"X" + len(text).to_bytes(4, "little") + text.encode())
-    out.write(b"K\x10tQ")
-    for values in (offset, shape, strides):
-        out.write(pickle.dumps(values, 2)[2:-1])
-    out.write(b"\x89NtR" + state + b"s.")
-    return out.getvalue()
-
-
-def test_pth_runs_nothing(tmp_path):
-    path = tmp_path / "x.pth"
-    touched = tmp_path / "touched"
-    for bad in (Call(os.mkdir, str(touched)), Call(eval, "1"), {"a": Call(print, "b")}):
-        with pytest.raises(ValueError, match=r"expected tensors alone, got .*not run"):
-            Stored([pth(path, pickle.dumps(bad, 2))])
-    assert not touched.exists()
-    assert Stored([pth(path, tensor_pickle())])["a"].read().shape == (2, 3)
-    for wrong in (
-        {"offset": 11}, {"shape": (5, 6)}, {"strides": (16, 1)}, {"offset": -1},
-        {"strides": (-3, 1)}, {"kind": "NoStorage"}, {"shape": (2,)}, {"shape": "ab"},
-        {"kind": "DoubleStorage"}, {"state": b"}X\x04\x00\x00\x00pathX\x01\x00\x00\x00/sb"},
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="expected"):
-            Stored([pth(path, tensor_pickle(**wrong))])
-    for other in ([1], {"a": 1}, {1: 2}, 3):
-        with pytest.raises(ValueError, match="expected named tensors"):
-            Stored([pth(path, pickle.dumps(other, 2))])
-    with pytest.raises(ValueError, match="expected plain values"):
-        Stored([pth(path, tensor_pickle(), compression=zipfile.ZIP_DEFLATED)])
-    path.write_bytes(PTH.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="expected a zip archive"):
-        Stored([path])
-
-
-def test_pth_damaged_bytes_are_value_errors(tmp_path):
-    data, path = tensor_pickle(), tmp_path / "x.pth"
-    random = np.random.default_rng(0)
-    for _ in range(300):
-        spoilt = bytearray(data)
-        for place in random.integers(len(data), size=3):
-            spoilt[place] = random.integers(256)
-        try:
-            for tensor in Stored([pth(path, bytes(spoilt))]).values():
-                tensor.read()
-        except ValueError:
-            pass
 
 
 # --- strict loading
@@ -277,13 +143,6 @@ def test_host_memory_is_the_model_and_one_tensor(tmp_path):
 # --- folders
 
 
-def diffusers_folder(folder, config, params, dtype=np.float32):
-    tensors = {k: v.astype(dtype) for k, v in tensors_of(config, params, "diffusers").items()}
-    sizes = write_config("transformer", config)
-    write_folder(folder / "transformer", tensors, sizes)
-    return folder
-
-
 @pytest.mark.parametrize("config", [SMALL, IMAGE], ids=["text", "image"])
 @pytest.mark.parametrize("convention", ["diffusers", "original"])
 def test_transformers_of_both_conventions(tmp_path, config, convention):
@@ -316,143 +175,6 @@ def test_dtypes(tmp_path):
     np.testing.assert_array_equal(np.asarray(model["blocks.attn.q.kernel"]), wanted)
     stored = split_params(load_part(found, "transformer", None))[1]
     assert stored["blocks.attn.q.kernel"].dtype == jnp.float16
-
-
-def shapes_only(folder, config, convention):
-    """Files of a published size with headers and holes where the values would be."""
-    header, offset = {}, 0
-    for entry in part_entries(config, "transformer"):
-        for key in entry.keys(convention):
-            shape = entry.shape_in(convention)
-            last = offset + 2 * int(np.prod(shape))
-            header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, last]}
-            offset = last
-    text = json.dumps(header).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("convention", ["diffusers", "original"])
-def test_published_models_are_recognised(tmp_path, name, convention):
-    config = MODELS[name]
-    folder = tmp_path / name
-    two = config.boundary is not None
-    if convention == "diffusers":
-        places = ["transformer", "transformer_2"] if two else ["transformer"]
-        index = {"boundary_ratio": config.boundary, "expand_timesteps": config.first_frame}
-        (folder / "scheduler").mkdir(parents=True)
-        (folder / "model_index.json").write_text(json.dumps(index))
-        scheduler = {"flow_shift": config.shift}
-        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
-    else:
-        places = ["high_noise_model", "low_noise_model"] if two else ["."]
-        folder.mkdir()
-        version = "2.2" if config.vae is VAE_2_2 else "2.1"
-        (folder / f"Wan{version}_VAE.pth").write_bytes(b"")
-        (folder / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
-        (folder / "google/umt5-xxl").mkdir(parents=True)
-    for place in places:
-        shapes_only(folder / place, config, convention)
-        sizes = write_config("transformer", config)
-        if convention == "original":
-            sizes = write_original(config)
-        (folder / place / "config.json").write_text(json.dumps(sizes))
-    found = detect(folder)
-    assert found.config == config
-    assert ("transformer_2" in found.parts) == two
-    if convention == "original":
-        assert found.parts["vae"] == (folder / f"Wan{version}_VAE.pth",)
-        assert found.tokenizer == folder / "google/umt5-xxl"
-    alone = detect(folder / places[0])
-    assert alone.config.transformer == config.transformer
-
-
-def test_wrong_folders(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder of Wan weights, got none"):
-        detect(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"high_noise_model .*; found an empty folder"):
-        detect(tmp_path)
-    (tmp_path / "readme.txt").write_text("")
-    with pytest.raises(ValueError, match=r"found readme\.txt"):
-        detect(tmp_path)
-    config = tmp_path / "config.json"
-    for text, message in (
-        ("{", "expected json, got damaged text"),
-        ("[]", "expected a json object, got list"),
-        ('{"_class_name": "WanVACETransformer3DModel"}', "expected WanTransformer3DModel, got Wan"),
-        ('{"qk_norm": "rms_norm"}', "expected qk_norm of 'rms_norm_across_heads', got 'rms_norm'"),
-        ('{"image_dim": 8}', "expected image_dim and added_kv_proj_dim together, got 8 and None"),
-        ('{"num_layers": 0}', "expected layers >= 1, got 0"),
-        ("{}", r"expected diffusion_pytorch_model\.safetensors, or its shards; found config"),
-    ):
-        config.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            detect(tmp_path)
-    write_folder(tmp_path, tensors_of(SMALL, random_params(SMALL), "original"))
-    config.write_text(json.dumps(write_original(SMALL) | {"model_type": "s2v"}))
-    with pytest.raises(ValueError, match="expected model_type of t2v, i2v, ti2v or flf2v, got 's2"):
-        detect(tmp_path)
-
-
-def test_missing_shards_and_damaged_indices(tmp_path):
-    export_weights(tmp_path / "x", SMALL, {"transformer": random_params(SMALL)}, shard_bytes=20_000)
-    place = tmp_path / "x/transformer"
-    shards = sorted(place.glob("*.safetensors"))
-    assert len(shards) > 3
-    index = place / "diffusion_pytorch_model.safetensors.index.json"
-    text = index.read_text()
-    for damaged, message in (
-        ("{}", "expected weight_map"),
-        ('{"weight_map": {"a": "../b.safetensors"}}', "expected weight_map from keys to files"),
-        (text[: len(text) // 2], "expected json, got damaged"),
-    ):
-        index.write_text(damaged)
-        with pytest.raises(ValueError, match=message):
-            detect(tmp_path / "x")
-    index.write_text(text)
-    shards[1].rename(tmp_path / "away.safetensors")
-    with pytest.raises(ValueError, match=rf"got no {shards[1].name}: is the download complete"):
-        detect(tmp_path / "x")
-    index.unlink()
-    with pytest.raises(ValueError, match=rf"got no {shards[1].name}: is the download complete"):
-        detect(tmp_path / "x")
-
-
-def test_missing_parts_are_all_named(tmp_path):
-    found = detect(diffusers_folder(tmp_path, SMALL, random_params(SMALL)))
-    with pytest.raises(
-        ValueError, match=r"expected vae \(a folder vae\), text_encoder .*tokenizer"
-    ):
-        found.require(*found.required)
-    with pytest.raises(ValueError, match="expected vae"):
-        load_part(found, "vae")
-    with pytest.raises(ValueError, match="expected a part of"):
-        load_part(found, "audio")
-    with pytest.raises(ValueError, match="a part image_encoder, got"):
-        load_part(found, "image_encoder")
-
-
-def test_vae_of_other_channels(tmp_path):
-    parts = {name: random_params(SMALL, name) for name in ("transformer", "vae")}
-    export_weights(tmp_path / "x", SMALL, parts)
-    (tmp_path / "x" / NOTE).unlink()
-    config = dataclasses.replace(SMALL, vae=VAE_2_1)
-    (tmp_path / "x/vae/config.json").write_text(json.dumps(write_config("vae", config)))
-    with pytest.raises(ValueError, match="expected a VAE of the transformer's 4 channels, got one"):
-        detect(tmp_path / "x")
-
-
-# --- saving and exporting
-
-
-def test_configurations_go_through_json():
-    for config in (*MODELS.values(), SMALL, IMAGE):
-        assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
-    with pytest.raises(ValueError, match="expected a configuration of a Wan model"):
-        config_from_json({"name": "x"})
 
 
 @pytest.mark.parametrize("convention", ["diffusers", "original"])
