@@ -90,7 +90,8 @@ class FrameAttention(nnx.Module):
         batch, frames, height, width, dim = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch * frames, height * width, 1, 3 * dim)
         # the head is as wide as the network (384 to 1024), which no kernel is written for
-        out = vm.dense_attention(*jnp.split(qkv, 3, axis=-1), implementation="xla")
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        out = vm.Dense()(q, k, v, implementation="xla")
         return x + self.out(out.reshape(x.shape))
 
 
