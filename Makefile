@@ -32,7 +32,7 @@ test: setup ## lint, types, and the fast tests; runs them all before it fails
 	test $$status = 0 || echo "make test: something above failed"; exit $$status
 
 test-slow: setup ## the tests that `make test` leaves out
-	$(TEST_ENV) $(RUN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	$(TEST_ENV) $(RUN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 test-newest: ## the fast tests on the newest JAX, under the newest Python here
 	@newest=$$(./scripts/find_python.sh newest 2>/dev/null) || { \
