@@ -18,12 +18,8 @@ from .transformer_layers import FromHeads, HeadsNorm, Placement, ToHeads
 Attend = Callable[[Array, Array, Array], Array]
 
 
-class SelfAttention(nnx.Module):
-    """Attention of the video's tokens on each other, under any method.
-
-    Formula: `q, k = rotate(norm(q)), rotate(norm(k))`, `out = attend(q, k, v)`; the norm is over
-    all heads of a token together.
-    """
+class _Projections(nnx.Module):
+    """What both attentions have: q, k and v, the norms of q and k, and the way back."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any) -> None:
         dim, heads, size = config.dim, config.heads, config.head_dim
@@ -34,6 +30,14 @@ class SelfAttention(nnx.Module):
         self.q_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
         self.k_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
         self.out = FromHeads(heads, size, dim, **options)
+
+
+class SelfAttention(_Projections):
+    """Attention of the video's tokens on each other, under any method.
+
+    Formula: `q, k = rotate(norm(q)), rotate(norm(k))`, `out = attend(q, k, v)`; the norm is over
+    all heads of a token together.
+    """
 
     def __call__(
         self,
@@ -51,7 +55,7 @@ class SelfAttention(nnx.Module):
         return self.out(attend(*(a.swapaxes(1, 2) for a in heads)))
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(_Projections):
     """Dense attention of the video's tokens on the text, plus that on the image where there is one.
 
     Formula: `out(softmax(q k_text) v_text + softmax(q k_image) v_image)`: two softmaxes, summed.
@@ -59,15 +63,10 @@ class CrossAttention(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any) -> None:
-        dim, heads, size = config.dim, config.heads, config.head_dim
-        options = {"rngs": rngs, "param_dtype": param_dtype}
-        self.q = ToHeads(dim, heads, size, **options)
-        self.k = ToHeads(dim, heads, size, **options)
-        self.v = ToHeads(dim, heads, size, **options)
-        self.q_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
-        self.k_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)
-        self.out = FromHeads(heads, size, dim, **options)
+        super().__init__(config, rngs=rngs, param_dtype=param_dtype)
         if config.image_dim:
+            dim, heads, size = config.dim, config.heads, config.head_dim
+            options = {"rngs": rngs, "param_dtype": param_dtype}
             self.image_k = ToHeads(dim, heads, size, **options)
             self.image_v = ToHeads(dim, heads, size, **options)
             self.image_k_norm = HeadsNorm(heads, size, config.eps, param_dtype=param_dtype)

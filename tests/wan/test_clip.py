@@ -1,7 +1,6 @@
 """The CLIP image encoder: equal to what Transformers made; pictures as its processor makes them."""
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from flax import nnx
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.clip import CLIPVision, preprocess_image
@@ -28,8 +28,6 @@ from wan_encoder_cases import (
 
 GOLDENS = np.load(Path(__file__).parents[1] / "goldens" / "wan" / "clip.npz")
 SMALL = IMAGES["gelu"]
-# Most of the time of these tests is compilation.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LAYER, THEIRS = "vision_model.encoder.layers", "visual.transformer"
 
 

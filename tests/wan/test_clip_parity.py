@@ -1,13 +1,11 @@
 """The image encoder and its preprocessing against Transformers."""
 
-import functools
-
 import pytest
 
 pytest.importorskip("torch")
 
-import jax
 import numpy as np
+from compiling import jit
 from safetensors.numpy import load_file
 from vmonarch_jax.models.wan.clip import preprocess_image
 from vmonarch_jax.models.wan.keys_clip import clip_aliases, clip_entries, clip_ignored
@@ -25,8 +23,6 @@ from wan_encoder_reference import (
     reference_image_states,
     reference_pixels,
 )
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.mark.parametrize("name", IMAGES)

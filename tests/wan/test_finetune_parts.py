@@ -1,4 +1,4 @@
-"""What tuning a Wan model is made of: adapters, loss and times."""
+"""What tuning a Wan model is made of: adapters, loss and times, and the folder it writes."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from vmonarch_jax.models import FlowConfig, split_params
 from vmonarch_jax.models.flow import sample_times
+from vmonarch_jax.models.wan.finetune import tune as tuning
 from vmonarch_jax.models.wan.finetune.adapters import (
     LoRA,
     adapt,
@@ -21,8 +22,11 @@ from vmonarch_jax.models.wan.finetune.loss import times_of, velocity_loss
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.presets import MODELS
 from vmonarch_jax.models.wan.transformer import WanTransformer
+from vmonarch_jax.models.wan.weights.detect import detect
+from vmonarch_jax.models.wan.weights.load import load_part
 from vmonarch_jax.models.wan.weights.lora import merge_lora, save_lora
-from wan_folder import random_params, small_config
+from vmonarch_jax.models.wan.weights.save import export_weights, save_weights
+from wan_folder import parts_of, random_params, small_config, write_tokenizer
 
 
 @functools.cache
@@ -140,3 +144,31 @@ def test_each_expert_is_tuned_at_its_own_times():
         assert low_end - 1e-6 <= times.min() < times.max() <= high_end + 1e-6
         kept = everything[(everything >= low_end) & (everything <= high_end)]
         np.testing.assert_allclose(np.median(times), np.median(kept), atol=3e-3)
+
+
+@pytest.mark.parametrize("convention", ["diffusers", "original", "orbax"])
+def test_whole_models_keep_their_layout(tmp_path, convention):
+    config = small_config("t2v-two")
+    parts = {part: random_params(config, part) for part in parts_of(config)}
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    if convention == "orbax":
+        save_weights(tmp_path / "wan", config, parts, tokenizer)
+    else:
+        export_weights(
+            tmp_path / "wan", config, parts, convention, dtype=jnp.bfloat16,
+            shard_bytes=100_000, tokenizer=tokenizer,
+        )  # fmt: skip
+    found = detect(tmp_path / "wan")
+    tuned = {n: jnp.asarray(2 * v) for n, v in parts["transformer_2"].items()}
+    for _ in range(2):  # the second time over the first
+        tuning.save_model(tmp_path / "tuned", found, "transformer_2", tuned)
+    again = detect(tmp_path / "tuned")
+    again.require(*again.required)
+    assert (again.config, again.convention) == (found.config, convention)
+    for part in parts:
+        old, new = (split_params(load_part(f, part, None))[1] for f in (found, again))
+        factor = 2 if part == "transformer_2" else 1
+        for name, value in old.items():
+            assert new[name].dtype == value.dtype
+            np.testing.assert_array_equal(new[name], factor * value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer", "tuned", "wan"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from compiling import jit
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.config import TextConfig
 from vmonarch_jax.models.wan.keys_text import text_aliases, text_entries
@@ -30,8 +31,6 @@ from wan_encoder_cases import (
 
 GOLDENS = np.load(Path(__file__).parents[1] / "goldens" / "wan" / "text.npz")
 ODD = TEXTS["odd"]
-# Most of the time of these tests is compilation.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture(scope="module")

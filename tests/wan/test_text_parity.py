@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-import jax
 import numpy as np
 import torch
+from compiling import jit
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
@@ -32,8 +32,6 @@ from wan_encoder_reference import (
     reference_text_states,
     reference_tokenizer,
 )
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from flax import nnx
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.embeddings import rope_tables, rotate, time_features
@@ -166,7 +167,7 @@ def gradient(remat, methods):
     model = rebuild(dataclasses.replace(config, remat=remat))
     loss = lambda p, x: jnp.square(model(p)(**x, attention=methods)).mean()  # noqa: E731
     # Compiled quickly rather than well: it runs once.
-    compiled = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})
+    compiled = jit(jax.grad(loss))
     return compiled(weights_of(config), inputs_of(case))
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import jit
 from flax import nnx
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.keys_vae import vae_entries
@@ -35,8 +36,6 @@ EACH_FORM = pytest.mark.parametrize(
     "config",
     [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n == "flat")) for n, c in FORMS.items()],
 )
-# Most of the time of these tests is compilation.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 PUBLISHED = {"wan2.1": VAE_2_1, "wan2.2": VAE_2_2}
 
 

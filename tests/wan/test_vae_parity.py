@@ -8,6 +8,7 @@ pytest.importorskip("torch")
 
 import jax
 import torch
+from compiling import jit
 from diffusers import AutoencoderKLWan
 from safetensors.numpy import load_file
 from vmonarch_jax.models.wan.keys_vae import vae_entries
@@ -20,8 +21,6 @@ from wan_vae_reference import (
     reference_model,
 )
 
-# Most of the time of these tests is compilation.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LENGTHS = {
     f"{form}_{4 * frames - 3}_frames": Case(config, latents=(frames, 3, 5))
     for form, config in {"flat": FLAT, "shortcuts": SHORTCUTS}.items()
