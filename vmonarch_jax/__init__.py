@@ -5,10 +5,18 @@ from typing import TYPE_CHECKING, Any
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 
 from . import flops
+from .block_sparse import (
+    Blocks,
+    block_mass,
+    block_sparse_attention,
+    dense_attention_mass,
+    top_blocks,
+)
 from .certificate import attention_gap
 from .dense import dense_attention
 from .explain import Explanation, explain
 from .grid import VideoGrid
+from .memory import attend, init_state, remembers
 from .methods import Attention, Dense, TiledMonarch, VMonarch
 from .parts import Part, merge_attention
 from .sequence import monarch_attention
@@ -22,20 +30,28 @@ __version__ = "0.1.0"
 __all__ = [
     "Attention",
     "BlockSizes",
+    "Blocks",
     "Dense",
     "Explanation",
     "Part",
     "TiledMonarch",
     "VMonarch",
     "VideoGrid",
+    "attend",
     "attention_gap",
+    "block_mass",
+    "block_sparse_attention",
     "dense_attention",
+    "dense_attention_mass",
     "explain",
     "flops",
+    "init_state",
     "merge_attention",
     "monarch_attention",
     "nn",
+    "remembers",
     "tiled_monarch_attention",
+    "top_blocks",
     "vmonarch_attention",
 ]
 

@@ -8,6 +8,8 @@ import jax
 
 from vmonarch_jax.pallas_kernels.attend import reference as attend_reference
 from vmonarch_jax.pallas_kernels.attend import xla as attend_xla
+from vmonarch_jax.pallas_kernels.block_sparse import reference as sparse_reference
+from vmonarch_jax.pallas_kernels.block_sparse import xla as sparse_xla
 from vmonarch_jax.pallas_kernels.l_step import reference as l_reference
 from vmonarch_jax.pallas_kernels.l_step import xla as l_xla
 from vmonarch_jax.pallas_kernels.r_step import reference as r_reference
@@ -29,6 +31,9 @@ class Backend:
         l_middle: the L step that returns mean queries.
         l_last: the L step that returns the output.
         tiled: one iteration for every pair of tiles in one kernel; `None`: there is none.
+        block_sparse: attention on chosen pairs of blocks; `None`: there is none.
+        block_mass: the softmax weight of every pair of blocks; `None`: there is none.
+        attend_mass: dense attention and the masses of its blocks in one pass; `None`: in two.
         loops: whether heads and tiles are looped over so that few scores are alive at once.
         keeps: whether the attention kernels hold no scores in memory, and take `known` results.
     """
@@ -39,6 +44,9 @@ class Backend:
     l_middle: Callable[..., Any]
     l_last: Callable[..., Any]
     tiled: Callable[..., Any] | None = None
+    block_sparse: Callable[..., Any] | None = None
+    block_mass: Callable[..., Any] | None = None
+    attend_mass: Callable[..., Any] | None = None
     loops: bool = False
     keeps: bool = False
 
@@ -58,9 +66,14 @@ def _pallas_tpu() -> Backend:
 
 
 REFERENCE = Backend(
-    "reference", attend_reference.attend, r_reference.r_step, l_reference.middle, l_reference.last
-)
-XLA = Backend("xla", attend_xla.attend, r_xla.r_step, l_xla.middle, l_xla.last, loops=True)
+    "reference", attend_reference.attend, r_reference.r_step, l_reference.middle, l_reference.last,
+    block_sparse=sparse_reference.block_sparse, block_mass=sparse_reference.block_mass,
+)  # fmt: skip
+XLA = Backend(
+    "xla", attend_xla.attend, r_xla.r_step, l_xla.middle, l_xla.last,
+    block_sparse=sparse_xla.block_sparse, block_mass=sparse_xla.block_mass,
+    attend_mass=sparse_xla.attend_mass, loops=True,
+)  # fmt: skip
 
 # How each implementation is had; `None`: it is not there yet. Kernels are imported when asked for.
 BACKENDS: dict[str, Callable[[], Backend] | None] = {
