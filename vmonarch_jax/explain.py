@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vmonarch_jax.pallas_kernels.numerics import accumulator
 from vmonarch_jax.pallas_kernels.tpu import chips, mode
 
-from . import checks, flops
+from . import checks, flops, memory
 from .dispatch import Implementation, attempts, dispatch
 from .grid import VideoGrid, positive_int
 from .methods import Dense, VMonarch
@@ -122,7 +122,7 @@ def explain(
     """Which kernel runs for `method` on `grid`, why, and what it costs; nothing is computed.
 
     Args:
-        method: a `vm.Dense`, `vm.VMonarch` or `vm.TiledMonarch` value.
+        method: a method value.
         grid: a `vm.VideoGrid` or `(frames, height, width)`, in tokens.
         heads: number of heads.
         head_dim: of query, key and value.
@@ -162,6 +162,13 @@ def explain(
         if frames:
             share = batch * 4 * len(frames) * grid.frame_tokens * grid.tokens * head_dim * heads
             notes.append(f"exact rows of {len(frames)} frame(s): {share / count:.0%} of the FLOPs")
+    if hasattr(method, "notes"):
+        notes += method.notes(grid, heads=heads, head_dim=head_dim, batch=batch, dtype=dtype)
+    if memory.remembers(method):
+        sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype": dtype}
+        state = jax.eval_shape(lambda: memory.init_state(method, grid, **sizes))
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        notes.append(f"remembers {held / 2**20:.1f} MiB a layer between denoising steps")
     if count >= dense and not isinstance(method, Dense):
         notes.append("no fewer FLOPs than dense attention: use vm.Dense() here")
     score_bytes, chip, kernels = None, None, ()

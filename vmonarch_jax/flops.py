@@ -5,7 +5,7 @@ being two. Only matrix products count: softmax, norms and RoPE are left out, as 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from . import checks
 from .grid import Tiling, VideoGrid, positive_int
@@ -45,6 +45,17 @@ WAN_5B = TransformerShape(dim=3072, heads=24, layers=30, ffn=14336)
 WAN_14B = TransformerShape(dim=5120, heads=40, layers=40, ffn=13824)
 
 
+@runtime_checkable
+class _Counted(Protocol):
+    """A method value that counts its own matmuls."""
+
+    def matmul_flops(
+        self, grid: VideoGrid, *, heads: int, head_dim: int, value_dim: int, step: int | None
+    ) -> int:
+        """FLOPs of one call on a denoising step, over all heads; `None`: an ordinary step."""
+        ...
+
+
 def attention(
     method: Any,
     grid: Any,
@@ -52,6 +63,7 @@ def attention(
     heads: int = 12,
     head_dim: int = 128,
     value_dim: int | None = None,
+    step: int | None = None,
 ) -> int:
     """Matmul FLOPs of one forward self-attention of `method` on `grid`, over all heads.
 
@@ -66,11 +78,13 @@ def attention(
     formula. Padded positions count as real ones: the work is done.
 
     Args:
-        method: a `vm.Dense`, `vm.VMonarch` or `vm.TiledMonarch` value.
+        method: a method value.
         grid: a `vm.VideoGrid` or `(frames, height, width)`, in tokens.
         heads: number of heads.
         head_dim: d, of query and key.
         value_dim: e; `None`: `head_dim`.
+        step: of denoising, from 0, for methods that do not do the same on every step; `None`: an
+            ordinary one, without warm-up, search or refresh.
 
     Returns:
         The count, an int; for one entry of a batch.
@@ -89,6 +103,8 @@ def attention(
     n = grid.tokens
     if isinstance(method, Dense):
         return 2 * n * n * (d + e) * heads
+    if isinstance(method, _Counted):
+        return method.matmul_flops(grid, heads=heads, head_dim=d, value_dim=e, step=step)
     if not isinstance(method, VMonarch):
         raise TypeError(f"`method` must be a method value, for example vm.VMonarch(), got {method}")
     exact = len(checks.frames_of(method.recompute_frames, grid)) * grid.frame_tokens
@@ -100,6 +116,25 @@ def attention(
     steps = method.steps * 4 * d * (in_block + between_blocks)
     last = 2 * in_block * e + 2 * between_blocks * (e - d)
     return (steps + last + 2 * exact * n * (d + e)) * heads
+
+
+def sampling(method: Any, grid: Any, steps: int, **sizes: Any) -> int:
+    """Matmul FLOPs of one layer's attention over all denoising steps of a sampler.
+
+    Args:
+        method: a method value.
+        grid: a `vm.VideoGrid` or `(frames, height, width)`, in tokens.
+        steps: denoising steps, one call each; guidance makes two.
+        **sizes: `heads`, `head_dim` and `value_dim` of `vm.flops.attention`.
+
+    Raises:
+        ValueError: if an option is wrong.
+
+    Example:
+        >>> vm.flops.sampling(vm.AdaSpa(), grid, 50) / vm.flops.sampling(vm.Dense(), grid, 50)
+    """
+    steps = positive_int("steps", steps)
+    return sum(attention(method, grid, step=step, **sizes) for step in range(steps))
 
 
 def tiling_of(method: VMonarch, grid: VideoGrid) -> Tiling:

@@ -105,7 +105,7 @@ def _forward(plan, q, k, v, indices, counts):
 
 
 def _backward(plan, saved, gradient):
-    """dx = p * (dout . v - (dout . out) + dlse), with p from the kept log-sum-exp."""
+    """With p from the kept log-sum-exp: dx = p (dout . v - dout . out + dlse)."""
     q, k, v, indices, counts, out, lse = saved
     dout, dlse = gradient
     wide = accumulator(q.dtype)
