@@ -286,7 +286,7 @@ def _blocks_of(blocks: Any, cut: _Cut) -> Blocks:
     """The caller's `blocks` as checked indices and counts of every batch entry and head."""
     lead = (cut.batch, cut.heads, cut.query_blocks)
     if not isinstance(blocks, Blocks):
-        array = blocks if isinstance(blocks, np.ndarray) else jnp.asarray(blocks)
+        array: Any = blocks if isinstance(blocks, np.ndarray) else jnp.asarray(blocks)
         if array.dtype == bool:
             if array.shape != (*lead, cut.key_blocks):
                 raise ValueError(

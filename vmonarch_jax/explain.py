@@ -162,8 +162,9 @@ def explain(
         if frames:
             share = batch * 4 * len(frames) * grid.frame_tokens * grid.tokens * head_dim * heads
             notes.append(f"exact rows of {len(frames)} frame(s): {share / count:.0%} of the FLOPs")
-    if hasattr(method, "notes"):
-        notes += method.notes(grid, heads=heads, head_dim=head_dim, batch=batch, dtype=dtype)
+    tell = getattr(method, "notes", None)
+    if tell is not None:
+        notes += tell(grid, heads=heads, head_dim=head_dim, batch=batch, dtype=dtype)
     if memory.remembers(method):
         sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype": dtype}
         state = jax.eval_shape(lambda: memory.init_state(method, grid, **sizes))

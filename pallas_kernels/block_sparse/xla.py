@@ -59,7 +59,8 @@ def block_sparse(
     else:
         padded = counts
     rows = counts.shape[1] * block
-    out, lse = _attend(plan, q, k, v, indices, padded)
+    part: Any = _attend(plan, q, k, v, indices, padded)
+    out, lse = part
     return out[:, :rows].astype(v.dtype), lse[:, :rows]
 
 
@@ -100,7 +101,8 @@ def _walk(plan: _Plan, k: Array, v: Array, q: Array, indices: Array, counts: Arr
 
 
 def _forward(plan, q, k, v, indices, counts):
-    out, lse = _attend(plan, q, k, v, indices, counts)
+    part: Any = _attend(plan, q, k, v, indices, counts)
+    out, lse = part
     return (out, lse), (q, k, v, indices, counts, out, lse)
 
 
