@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -97,7 +98,9 @@ def make_mesh(
             f"expected sizes of {AXES} whose product is {len(devices)} devices, got {shape}, "
             f"whose product is {math.prod(shape)}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    # An axis may wind around two axes of the torus: 8 along one of a 4 x 4 slice.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 @dataclasses.dataclass(frozen=True)
