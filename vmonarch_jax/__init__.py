@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 
 from . import flops
+from .adaspa import AdaSpa
+from .adaspa_call import AdaSpaState
 from .block_sparse import (
     Blocks,
     block_mass,
@@ -16,9 +18,11 @@ from .certificate import attention_gap
 from .dense import dense_attention
 from .explain import Explanation, explain
 from .grid import VideoGrid
+from .linear import linear_attention
 from .memory import attend, init_state, remembers
 from .methods import Attention, Dense, TiledMonarch, VMonarch
 from .parts import Part, merge_attention
+from .salad import Salad, SlidingWindow
 from .sequence import monarch_attention
 from .video import tiled_monarch_attention, vmonarch_attention
 
@@ -28,12 +32,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaSpa",
+    "AdaSpaState",
     "Attention",
     "BlockSizes",
     "Blocks",
     "Dense",
     "Explanation",
     "Part",
+    "Salad",
+    "SlidingWindow",
     "TiledMonarch",
     "VMonarch",
     "VideoGrid",
@@ -46,6 +54,7 @@ __all__ = [
     "explain",
     "flops",
     "init_state",
+    "linear_attention",
     "merge_attention",
     "monarch_attention",
     "nn",
