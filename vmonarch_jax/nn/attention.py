@@ -1,4 +1,4 @@
-"""Flax NNX modules around the attention methods; `nnx.bridge.to_linen` makes Linen ones of them."""
+"""The layer around an attention method: projections, norms, heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .grid import Shape3, VideoGrid, positive_int
-from .methods import Attention, VMonarch
+from ..grid import Shape3, VideoGrid, positive_int
+from ..memory import Step, attend
+from ..methods import Attention, VMonarch
 
 # Keeps the RMS of an all-zero head away from zero.
 NORM_EPSILON = 1e-6
@@ -68,14 +69,18 @@ class VideoSelfAttention(nnx.Module):
         grid: VideoGrid | Shape3,
         rotate: Callable[[Array], Array] | None = None,
         attention: Attention | None = None,
-    ) -> Float[Array, "batch seq dim"]:
-        """The layer's output.
+        state: Any = None,
+        step: Step | None = None,
+    ) -> Any:
+        """The layer's output `[batch, seq, dim]`; with a state, the output and the state after it.
 
         Args:
             x: tokens in the order of `grid`.
             grid: a `vm.VideoGrid` or `(frames, height, width)`, in tokens.
             rotate: applied to q and k, `[batch, seq, heads, head_dim]`, after the norm: RoPE.
             attention: overrides the constructor's method for this call.
+            state: what the method remembers (`vm.init_state`); `None`: nothing.
+            step: the denoising step, from 0; needed with a state.
 
         Raises:
             ValueError: if `x` does not fit the grid.
@@ -86,8 +91,26 @@ class VideoSelfAttention(nnx.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotate is not None:
-            q, k = rotate(q), rotate(k)
+        turned = (q, k) if rotate is None else (rotate(q), rotate(k))
         method = self.attention if attention is None else attention
-        out = method(q.astype(v.dtype), k.astype(v.dtype), v, grid=grid)
-        return self.out(einops.rearrange(out, "z n h d -> z n (h d)"))
+        at_q, at_k = (y.astype(v.dtype) for y in turned)
+        out, after = attend(method, at_q, at_k, v, grid=grid, state=state, step=step)
+        out = self.finish(einops.rearrange(out, "z n h d -> z n (h d)"), x, (q, k, v), rotate)
+        return out if state is None else (out, after)
+
+    def finish(
+        self,
+        out: Float[Array, "batch seq dim"],
+        x: Float[Array, "batch seq dim"],
+        qkv: tuple[Array, Array, Array],
+        rotate: Callable[[Array], Array] | None,
+    ) -> Float[Array, "batch seq dim"]:
+        """The output projection of what attention gave; layers with a second branch add it here.
+
+        Args:
+            out: the attention's output, heads side by side.
+            x: the layer's input.
+            qkv: `[batch, seq, heads, head_dim]` each, after the norm and before `rotate`.
+            rotate: as in the call.
+        """
+        return self.out(out)
