@@ -19,19 +19,20 @@ from .parts import Part
 
 
 def by_heads(
-    function: Callable[..., Part],
+    function: Callable[..., Any],
     arrays: tuple[Float[Array, "z _ h _"], ...],
     masks: Any,
     *,
     scores: int,
     backend: Backend,
     block_sizes: BlockSizes,
-) -> Part:
+) -> Any:
     """`function` on heads-major copies of token-major arrays, as many heads as the budget holds.
 
     `function(backend, *arrays, masks)` gets `[z, h, n, d]` arrays and masks with a leading batch
-    axis, and returns a heads-major part that is made of each head apart. `scores` is the number
-    of scores that it computes for a head.
+    axis, and returns a heads-major part (or any pytree of heads-major arrays) that is made of each
+    head apart. A mask, or any array of whole numbers, that has heads has them as its third axis,
+    as it is handed in. `scores` is the number of scores that it computes for a head.
     """
     batch, _, heads, _ = arrays[0].shape
     size = (batch, heads)
@@ -66,8 +67,8 @@ def _divisor(number: int, most: int) -> int:
     return max(n for n in range(1, max(1, min(number, most)) + 1) if number % n == 0)
 
 
-def _tokens_major(part: Part) -> Part:
-    return Part(part.out.swapaxes(1, 2), part.lse.swapaxes(1, 2))
+def _tokens_major(found: Any) -> Any:
+    return jax.tree.map(lambda x: x.swapaxes(1, 2), found)
 
 
 # With a gradient of its own: the backward pass runs each chunk of heads again, and writes its
@@ -75,24 +76,24 @@ def _tokens_major(part: Part) -> Part:
 # gradients of whole arrays, a chunk at a time. A backend that `keeps` passes on what its attention
 # kernels returned, which spares the second run of them and costs a few arrays of the size of q.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loop(function: Any, backend: Backend, size: tuple[int, int], arrays: Any, masks: Any) -> Part:
-    def some(cut: Callable[..., Any], _: Any) -> Part:
+def _loop(function: Any, backend: Backend, size: tuple[int, int], arrays: Any, masks: Any) -> Any:
+    def some(cut: Callable[..., Any], _: Any) -> Any:
         return function(backend, *_heads_major(cut, arrays), _cut_masks(cut, masks))
 
-    return Part(*_over_chunks(some, size, arrays[0].shape)[0])
+    return _over_chunks(some, size, arrays[0].shape)[0]
 
 
 def _loop_forward(function, backend, size, arrays, masks):
     if not backend.keeps:
         return _loop(function, backend, size, arrays, masks), (arrays, masks, None)
 
-    def some(cut: Callable[..., Any], _: Any) -> tuple[Part, Any]:
+    def some(cut: Callable[..., Any], _: Any) -> tuple[Any, Any]:
         recording, kept = record(backend)
         part = function(recording, *_heads_major(cut, arrays), _cut_masks(cut, masks))
         return part, tuple(kept)
 
     part, kept = _over_chunks(some, size, arrays[0].shape, keep=True)
-    return Part(*part), (arrays, masks, kept)
+    return part, (arrays, masks, kept)
 
 
 def _loop_backward(function, backend, size, saved, gradient):
@@ -102,12 +103,12 @@ def _loop_backward(function, backend, size, saved, gradient):
         inputs = _heads_major(cut, arrays)
         chunk_masks = _cut_masks(cut, masks)
 
-        def run(*inputs: Any) -> Part:
+        def run(*inputs: Any) -> Any:
             replaying = replay(backend, kept) if backend.keeps else backend
             return function(replaying, *inputs, chunk_masks)
 
         _, pullback = jax.vjp(run, *inputs)
-        return pullback(Part(*_heads_major(cut, gradient)))
+        return pullback(jax.tree.map(lambda x: cut(x).swapaxes(1, 2), gradient))
 
     return _over_chunks(some, size, arrays[0].shape, kept=kept)[0], None
 
@@ -120,7 +121,7 @@ def _heads_major(cut: Callable[..., Any], arrays: Any) -> list[Any]:
 
 
 def _cut_masks(cut: Callable[..., Any], masks: Any) -> Any:
-    return jax.tree.map(lambda mask: cut(mask, heads=False), masks)
+    return jax.tree.map(lambda mask: cut(mask, heads=mask.ndim > 2), masks)
 
 
 def _over_chunks(
@@ -150,7 +151,7 @@ def _over_chunks(
             return x
 
         found, keeping = some(cut, kept) if keep else (some(cut, kept), None)
-        return jax.tree.map(lambda x: x.swapaxes(1, 2), found), keeping
+        return _tokens_major(found), keeping
 
     if counts == (1, 1):
         return chunk(0, kept)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
+from vmonarch_jax.pallas_kernels.r_step.step import RStep
 
 from .dispatch import Backend
 from .parts import Part
@@ -47,6 +48,36 @@ def monarch_tiles(
     `queries` and `keys` say which tokens are real (`None`: all). A padded query weighs nothing in
     the means, a masked key draws no attention, and a key block without any key is left out of L.
     """
+    _, r = monarch_factors(
+        q, k, v, queries, keys,
+        steps=steps, c_r_floor=c_r_floor, entropy_gradient=entropy_gradient, scale=scale,
+        backend=backend, block_sizes=block_sizes,
+    )  # fmt: skip
+    key_blocks = None if keys is None else keys.any(-1)
+    out, lse = backend.l_last(
+        q, r.al, r.cl, r.ys[0], key_blocks=key_blocks, block_sizes=block_sizes
+    )
+    return Part(out.astype(v.dtype), lse)
+
+
+def monarch_factors(
+    q: Float[Array, "g m n d"],
+    k: Float[Array, "g M b d"],
+    v: Float[Array, "g M b e"] | None,
+    queries: Bool[Array, "g m n"] | None,
+    keys: Bool[Array, "g M b"] | None,
+    *,
+    steps: int,
+    c_r_floor: float,
+    entropy_gradient: bool,
+    scale: float,
+    backend: Backend,
+    block_sizes: BlockSizes,
+) -> tuple[Float[Array, "g M n d"], RStep]:
+    """The iterations of `monarch_tiles` up to the last R step: its mean queries and its result.
+
+    All that is missing is the last L step. Without `v` there is no Y.
+    """
     r_step = functools.partial(
         backend.r_step,
         scale=scale, keys=keys, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
@@ -62,8 +93,4 @@ def monarch_tiles(
             q, r.al, r.cl,
             floor=c_r_floor, queries=queries, key_blocks=key_blocks, block_sizes=block_sizes,
         ).astype(k.dtype)  # fmt: skip
-    r = r_step(qt, k, (v,))
-    out, lse = backend.l_last(
-        q, r.al, r.cl, r.ys[0], key_blocks=key_blocks, block_sizes=block_sizes
-    )
-    return Part(out.astype(v.dtype), lse)
+    return qt, r_step(qt, k, () if v is None else (v,))

@@ -7,19 +7,23 @@ from jaxtyping import Array, Bool, Float
 from ..numerics import TINY_MASS, accumulator
 
 
-def _weights(q, al, cl, key_blocks):
+def _weights(q, al, cl, key_blocks, left_out=None):
     wide = accumulator(q.dtype)
     f = jnp.einsum(
         "gljd,gkjd->gjlk", q.astype(wide), al.astype(wide), precision=jax.lax.Precision.HIGHEST
     )
     f = f - cl.swapaxes(1, 2)[:, :, None, :]
-    if key_blocks is None:
+    if key_blocks is None and left_out is None:
         return jax.nn.softmax(f, axis=-1), jax.nn.logsumexp(f, axis=-1)
-    some = key_blocks.any(-1)[:, None, None]
-    key_blocks = key_blocks[:, None, None, :]
-    keep = key_blocks | ~some[..., None]
+    there = jnp.ones(f.shape, bool)
+    if key_blocks is not None:
+        there &= key_blocks[:, None, None, :]
+    if left_out is not None:
+        there &= ~left_out[:, None]
+    some = there.any(-1)
+    keep = there | ~some[..., None]
     lse = jnp.where(some, jax.nn.logsumexp(f, axis=-1, where=keep), -jnp.inf)
-    return jnp.where(key_blocks, jax.nn.softmax(f, axis=-1, where=keep), 0), lse
+    return jnp.where(there, jax.nn.softmax(f, axis=-1, where=keep), 0), lse
 
 
 def middle(
@@ -51,11 +55,15 @@ def last(
     y: Float[Array, "g M n e"],
     *,
     key_blocks: Bool[Array, "g M"] | None = None,
+    left_out: Bool[Array, "g m M"] | None = None,
     block_sizes=None,
 ) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
-    """`(out, lse)` in float32; without any key block, zeros and -inf."""
+    """`(out, lse)` in float32; without any key block, zeros and -inf.
+
+    `left_out`: the pairs of a query and a key block that are attended to elsewhere.
+    """
     del block_sizes
-    weights, lse = _weights(q, al, cl, key_blocks)
+    weights, lse = _weights(q, al, cl, key_blocks, left_out)
     out = jnp.einsum(
         "gjlk,gkjd->gljd", weights, y.astype(cl.dtype), precision=jax.lax.Precision.HIGHEST
     )

@@ -21,9 +21,16 @@ def last(
     y: Float[Array, "g M n e"],
     *,
     key_blocks: Bool[Array, "g M"] | None = None,
+    left_out: Bool[Array, "g m M"] | None = None,
     block_sizes: BlockSizes,
 ) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
-    """`(out, lse)`: for each position, attention of the rows `l` on the key blocks `k`."""
+    """`(out, lse)`: for each position, attention of the rows `l` on the key blocks `k`.
+
+    `left_out`: the pairs of a query and a key block that are attended to elsewhere.
+    """
+    if left_out is not None:
+        run = functools.partial(_last_of_some, block_sizes=block_sizes)
+        return _over_groups(run, q, al, cl, y, key_blocks, left_out)
     run = functools.partial(_last, block_sizes=block_sizes)
     return _over_groups(run, q, al, cl, y, key_blocks)
 
@@ -68,6 +75,34 @@ def _last(q, al, cl, y, key_blocks, *, block_sizes):
 
     most = budget // (rows * blocks)
     out, lse = map_chunks(some_positions, most, q, al, cl, y, shared=key_blocks, axis=1)
+    return out.swapaxes(0, 1), lse.T
+
+
+def _last_of_some(q, al, cl, y, key_blocks, left_out, *, block_sizes):
+    """`_last` where every row has key blocks of its own, the same ones at all positions."""
+    budget = block_sizes.scores()
+    rows, blocks = q.shape[0], al.shape[0]
+
+    def some_positions(shared, q, al, cl, y):
+        key_blocks, left_out = shared
+        fixed = (key_blocks, al, cl, y)
+        out, lse = map_chunks(some_rows, budget // (blocks * q.shape[1]), q, left_out, shared=fixed)
+        return out.swapaxes(0, 1), lse.T
+
+    def some_rows(fixed, q, left_out):
+        key_blocks, al, cl, y = fixed
+        keep = ~left_out if key_blocks is None else ~left_out & key_blocks
+        keep = keep[:, None]
+        f = jnp.where(keep, _dot("ljd,kjd->ljk", q, al) - cl.T, MASKED)
+        top = jax.lax.stop_gradient(f.max(-1, keepdims=True))
+        p = jnp.where(keep, jnp.exp(f - top), 0)
+        some = keep.any(-1)
+        total = jnp.where(some, p.sum(-1), 1)
+        lse = jnp.where(some, top[..., 0] + jnp.log(total), -jnp.inf)
+        return _dot("ljk,kje->lje", p.astype(y.dtype), y) / total[..., None], lse
+
+    most, shared = budget // (rows * blocks), (key_blocks, left_out)
+    out, lse = map_chunks(some_positions, most, q, al, cl, y, shared=shared, axis=1)
     return out.swapaxes(0, 1), lse.T
 
 
