@@ -31,6 +31,8 @@ class VideoDiTConfig:
       caption_dim: length of the caption vector; 0 means no caption.
       rope_theta: base of the rotary frequencies. Small grids want a small one: with 10,000 most
         of a head would turn by less than a degree over eight tokens.
+      linear_layers: layers, from 0, whose attention has SALAD's linear branch beside it
+        (`vm.nn.SaladAttention`), under whatever method.
       spectrum: what is known of the videos before any training.
       dtype: "float32" or "bfloat16" of the matmuls; norms and modulation stay float32.
       scan_layers: run the blocks under `lax.scan` (compiles once for all of them).
@@ -51,6 +53,7 @@ class VideoDiTConfig:
     classes: int = len(MOTIONS)
     caption_dim: int = len(PHOTOS)
     rope_theta: float = 100.0
+    linear_layers: tuple[int, ...] = ()
     spectrum: Spectrum = dataclasses.field(default_factory=Spectrum)
     dtype: str = "float32"
     scan_layers: bool = False
@@ -73,6 +76,7 @@ class VideoDiTConfig:
                 "expected dim = heads * head_dim with an even head_dim >= 6, "
                 f"got dim {self.dim} and heads {self.heads}"
             )
+        self._check_linear_layers()
         if isinstance(self.spectrum, dict):  # as it comes back from JSON
             object.__setattr__(self, "spectrum", Spectrum(**self.spectrum))
         if not self.rope_theta > 0:
@@ -80,6 +84,19 @@ class VideoDiTConfig:
         if self.dtype not in _DTYPES:
             raise ValueError(f"expected dtype of {sorted(_DTYPES)}, got {self.dtype!r}")
         self.grid_of((self.frames, self.height, self.width))
+
+    def _check_linear_layers(self) -> None:
+        layers = tuple(self.linear_layers)
+        object.__setattr__(self, "linear_layers", layers)
+        if list(layers) != sorted({layer for layer in layers if 0 <= layer < self.depth}):
+            raise ValueError(
+                f"expected linear_layers that rise within 0..{self.depth - 1}, got {layers}"
+            )
+        if self.scan_layers and 0 < len(layers) < self.depth:
+            raise ValueError(
+                "expected linear branches in all scanned layers or in none, "
+                f"got linear_layers {layers} of {self.depth}"
+            )
 
     @property
     def head_dim(self) -> int:

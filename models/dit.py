@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import einops
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import vmonarch_jax as vm
+from vmonarch_jax.memory import Step
 
 from .config import VideoDiTConfig
 from .layers import AttentionMethod, Block, layer_norm
@@ -77,7 +79,10 @@ class VideoDiT(nnx.Module):
             self.caption = nnx.Linear(config.caption_dim, dim, use_bias=False, rngs=rngs)
         # zero: at the start each block is the identity, which is where deep stacks train from
         self.modulation = nnx.Linear(dim, 6 * dim, kernel_init=zeros, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        linear = config.linear_layers
+        self.blocks = nnx.List(
+            [Block(config, linear=n in linear, rngs=rngs) for n in range(config.depth)]
+        )
         self.final_modulation = nnx.Linear(dim, 2 * dim, kernel_init=zeros, rngs=rngs)
         self.unembed = nnx.Linear(dim, patch_dim, kernel_init=zeros, rngs=rngs)
 
@@ -88,8 +93,10 @@ class VideoDiT(nnx.Module):
         label: Int[Array, " batch"],
         caption: Float[Array, "batch caption_dim"] | None = None,
         attention: AttentionMethod | Sequence[AttentionMethod] | None = None,
-    ) -> Float[Array, "batch frames height width channels"]:
-        """Returns the velocity `d x / d t`, in float32.
+        attention_state: tuple[Any, ...] | None = None,
+        step: Step | None = None,
+    ) -> Any:
+        """Returns the velocity `d x / d t`, in float32; with a state, also the next state.
 
         Args:
           x: noised videos, `(1 - t) video + t noise`, at any size that the patch divides.
@@ -97,15 +104,64 @@ class VideoDiT(nnx.Module):
           label: class in `[0, classes]`; `classes` itself is the null class.
           caption: the caption vector; `None` and zeros both mean "no caption".
           attention: overrides the constructor's method, or methods, for this call.
+          attention_state: what each layer's method remembers of the steps before
+            (`init_attention_state`); `None`: every method acts as if nothing had gone before.
+          step: the denoising step, from 0, a Python int or traced; needed with a state.
 
         Raises:
           ValueError: a shape does not fit the configuration or the other arguments.
         """
         config = self.config
         methods = self.methods(attention)
-        return self._run(x, t, label, caption, methods, config.scan_layers, config.remat)
+        states = self._states(attention_state, step)
+        velocity, states = self._run(
+            x, t, label, caption, methods, config.scan_layers, config.remat, states, step
+        )
+        return velocity if attention_state is None else (velocity, states)
 
-    def _run(self, x, t, label, caption, methods, scan: bool, remat: bool):
+    def init_attention_state(
+        self,
+        batch: int,
+        size: tuple[int, int, int] | None = None,
+        attention: AttentionMethod | Sequence[AttentionMethod] | None = None,
+    ) -> tuple[Any, ...]:
+        """Returns what each layer's attention remembers before the first denoising step.
+
+        Args:
+          batch: videos in a call; guidance doubles it.
+          size: frames, height and width in pixels; the configuration's if not given.
+          attention: overrides the constructor's method, or methods.
+
+        Returns:
+          One state a layer; `None` for a layer whose method remembers nothing.
+
+        Raises:
+          ValueError: a method does not fit the grid, or a number is wrong.
+
+        Example:
+          state = model.init_attention_state(len(x))
+          for step, t in enumerate(times):
+            velocity, state = model(x, t, label, attention_state=state, step=step)
+        """
+        config = self.config
+        sizes = {"batch": batch, "heads": config.heads, "head_dim": config.head_dim}
+        grid = config.grid_of(size or config.video_shape[:3])
+        return tuple(
+            vm.init_state(method, grid, **sizes, dtype=config.compute_dtype)
+            for method in self.methods(attention)
+        )
+
+    def _states(self, states: tuple[Any, ...] | None, step: Step | None) -> tuple[Any, ...]:
+        depth = self.config.depth
+        if states is None:
+            return (None,) * depth
+        if len(states) != depth:
+            raise ValueError(f"expected attention_state of {depth} layers, got {len(states)}")
+        if step is None:
+            raise ValueError("expected the number of the step with attention_state, got none")
+        return tuple(states)
+
+    def _run(self, x, t, label, caption, methods, scan: bool, remat: bool, states, step):
         config = self.config
         self._check(x, t, label, caption)
         grid = config.grid_of(x.shape[1:4])
@@ -118,10 +174,11 @@ class VideoDiT(nnx.Module):
         scale = jax.lax.rsqrt(t**2 + ((1 - t) * _VIDEO_STD) ** 2)[:, None, None, None, None]
         both = jnp.concatenate([scale * x, video / _VIDEO_STD], axis=-1)
         h = self.embed(patchify(both, config.patch)) + self.place(place_features(grid))
-        h = _layers(self.blocks, methods, h, shared, angles, grid, scan, remat)
+        of_all = shared, angles, grid, step
+        h, states = _layers(self.blocks, methods, states, h, of_all, scan, remat)
         shift, scale = jnp.split(self.final_modulation(condition)[:, None], 2, axis=-1)
         out = unpatchify(self.unembed(layer_norm(h) * (1 + scale) + shift), config.patch, grid)
-        return velocity + from_modes(gain * to_modes(out))
+        return velocity + from_modes(gain * to_modes(out)), states
 
     def _condition(self, t, label, caption) -> Float[Array, "batch dim"]:
         condition = self.time_out(jax.nn.silu(self.time_in(time_features(t)))) + self.label(label)
@@ -159,27 +216,32 @@ class VideoDiT(nnx.Module):
             raise ValueError("expected no caption (caption_dim is 0), got one")
 
 
-def _layers(blocks, methods, h, shared, angles, grid, scan: bool, remat: bool):
-    """Runs the blocks one after the other, unrolled or as one scan; the same result either way."""
+def _layers(blocks, methods, states, h, of_all, scan: bool, remat: bool):
+    """Runs the blocks one after the other, unrolled or as one scan; the same result either way.
 
-    def run(graph, method, state, h):
-        def block(state, h):
-            return nnx.merge(graph, state)(h, shared, angles, method, grid)
+    Returns the residual stream and the attention's states.
+    """
+    shared, angles, grid, step = of_all
 
-        return (jax.checkpoint(block) if remat else block)(state, h)
+    def run(graph, method, params, h, state):
+        def block(params, h, state):
+            return nnx.merge(graph, params)(h, shared, angles, method, grid, state, step)
 
-    graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
+        return (jax.checkpoint(block) if remat else block)(params, h, state)
+
+    graphs, params = zip(*(nnx.split(block) for block in blocks), strict=True)
     if not scan:
-        for graph, state, method in zip(graphs, states, methods, strict=True):
-            h = run(graph, method, state, h)
-        return h
+        after = []
+        for graph, method, own, state in zip(graphs, methods, params, states, strict=True):
+            h, state = run(graph, method, own, h, state)
+            after.append(state)
+        return h, tuple(after)
     if len(set(methods)) > 1:
         raise ValueError(f"expected the same attention in all scanned layers, got {set(methods)}")
     # parameters are stored layer by layer and stacked here, so that one checkpoint serves both
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    return jax.lax.scan(lambda h, state: (run(graphs[0], methods[0], state, h), None), h, stacked)[
-        0
-    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(params, states, strict=True))
+    h, after = jax.lax.scan(lambda h, of: run(graphs[0], methods[0], of[0], h, of[1]), h, stacked)
+    return h, tuple(jax.tree.map(lambda leaf, n=n: leaf[n], after) for n in range(len(blocks)))
 
 
 def patchify(
@@ -231,5 +293,6 @@ def capture_qkv(
         return call
 
     methods = [recorder(method) for method in model.methods()]
-    model._run(x, t, label, caption, methods, scan=False, remat=False)
+    states = (None,) * len(methods)
+    model._run(x, t, label, caption, methods, scan=False, remat=False, states=states, step=None)
     return seen

@@ -6,13 +6,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 #: `velocity(x, t, label, caption)`, as `VideoDiT` computes it.
-Velocity = Callable[..., Array]
+Velocity = Callable[..., Any]
 
 
 def shift_time(t: Float[Array, " *shape"], shift: float) -> Float[Array, " *shape"]:
@@ -130,24 +131,28 @@ def flow_loss(
     return jnp.mean(jnp.square(velocity(x, t, label, caption) - target))
 
 
-def guide(
-    velocity: Velocity, guidance: float | Float[Array, ""], null_label: int
-) -> Callable[..., Float[Array, "batch *shape"]]:
+def guide(velocity: Velocity, guidance: float | Float[Array, ""], null_label: int) -> Velocity:
     """Returns the velocity under classifier-free guidance.
 
     Formula: `v = v_null + guidance (v_cond - v_null)`, both from one call on a doubled batch, where
     null means the null class and no caption. `guidance = 1` is the conditional model itself and
     costs a single batch.
+
+    Keywords are passed on. With `attention_state` among them, that of the doubled batch, `velocity`
+    returns a velocity and a state, and so does what is returned here.
     """
 
-    def guided(x, t, label, caption):
+    def guided(x, t, label, caption, **memory):
         if isinstance(guidance, (int, float)) and guidance == 1:
-            return velocity(x, t, label, caption)
+            return velocity(x, t, label, caption, **memory)
         labels = jnp.concatenate([label, jnp.full_like(label, null_label)])
         if caption is not None:
             caption = jnp.concatenate([caption, jnp.zeros_like(caption)])
-        both = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels, caption)
+        doubled = jnp.concatenate([x, x]), jnp.concatenate([t, t]), labels, caption
+        found = velocity(*doubled, **memory)
+        both, state = found if "attention_state" in memory else (found, None)
         conditional, null = jnp.split(both, 2)
-        return null + guidance * (conditional - null)
+        v = null + guidance * (conditional - null)
+        return (v, state) if "attention_state" in memory else v
 
     return guided
