@@ -90,7 +90,7 @@ class WanVAE(nnx.Module):
         def part(frames: Array, cache: Cache) -> Array:
             return self.quant(self.encoder(frames, cache)).astype(jnp.float32)
 
-        moments = stream(part, video, frames_in=config.strides[0] * chunk, frames_out=chunk)
+        moments = stream(part, video, chunk=chunk, stride_in=config.strides[0])
         latents, log_variance = jnp.split(moments, 2, axis=-1)
         if sample is not None:
             deviation = jnp.exp(0.5 * jnp.clip(log_variance, *_LOG_VARIANCE))
@@ -122,7 +122,7 @@ class WanVAE(nnx.Module):
             z = frames.astype(jnp.float32) * jnp.array(config.std) + jnp.array(config.mean)
             return jnp.clip(self.decoder(self.post_quant(z), cache).astype(jnp.float32), -1, 1)
 
-        return stream(part, latents, frames_in=chunk, frames_out=config.strides[0] * chunk)
+        return stream(part, latents, chunk=chunk, stride_out=config.strides[0])
 
 
 def _check_chunk(chunk: int) -> None:

@@ -67,7 +67,7 @@ class UpLevel(nnx.Module):
             h = block(h, cache)
         if self.double is not None:
             h = self.double(h, cache)
-        return h + repeat_up(x, self.outputs, *self.factors, cache.first) if self.shortcut else h
+        return h + repeat_up(x, self.outputs, *self.factors) if self.shortcut else h
 
 
 def up_widths(config: VAEConfig) -> list[tuple[int, int, int]]:
@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, latents: Float[Array, "batch t h w channels"], cache: Cache
     ) -> Float[Array, "batch frames height width 3"]:
-        """Returns the pixels of a video's first latent frame, or of those that come next."""
+        """Returns the pixels of some latent frames, given what is kept of those before."""
         x = self.conv_in(cache.extend(latents.astype(self.dtype), FRAMES_BEFORE))
         x = self.middle(x, cache)
         for level in self.levels:

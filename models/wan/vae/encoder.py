@@ -64,7 +64,7 @@ class DownLevel(nnx.Module):
             h = block(h, cache)
         if self.halve is not None:
             h = self.halve(h, cache)
-        return h + mean_down(x, self.outputs, *self.factors) if self.shortcut else h
+        return h + mean_down(cache.blank(x), self.outputs, *self.factors) if self.shortcut else h
 
 
 class Encoder(nnx.Module):
@@ -96,7 +96,7 @@ class Encoder(nnx.Module):
     def __call__(
         self, video: Float[Array, "batch frames height width 3"], cache: Cache
     ) -> Float[Array, "batch t h w moments"]:
-        """Returns the moments of a video's first frame, or of the frames that come next."""
+        """Returns the moments of some frames, given what is kept of those before."""
         x = fold_pixels(video, self.patch).astype(self.dtype)
         x = self.conv_in(cache.extend(x, FRAMES_BEFORE))
         for level in self.levels:

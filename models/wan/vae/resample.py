@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .layers import FRAMES_BEFORE, Types, conv
-from .stream import Cache
+from .stream import Cache, choose
 
 
 class Halve(nnx.Module):
@@ -28,14 +28,12 @@ class Halve(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch frames height width dim"], cache: Cache
     ) -> Float[Array, "batch half_frames half_height half_width dim"]:
-        """Returns one frame of the first frame, and half of an even number of later ones."""
+        """Returns half of the frames, if frames are halved."""
         x = self.space(x)
         if self.time is None:
             return x
-        if cache.first:
-            cache.keep(x[:, -1:])
-            return x
-        return self.time(cache.extend(x, 1))
+        halves = self.time(cache.extend(x, 1))
+        return choose(cache.numbers(halves.shape[1]) == 0, x[:, 1::2], halves)
 
 
 class Double(nnx.Module):
@@ -55,46 +53,32 @@ class Double(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch frames height width inputs"], cache: Cache
     ) -> Float[Array, "batch more_frames twice_height twice_width outputs"]:
-        """Returns one frame of the first frame, and two of every later one."""
+        """Returns two frames of each, if frames are doubled."""
         if self.time is not None:
-            if cache.first:
-                cache.keep(jnp.zeros((x.shape[0], FRAMES_BEFORE, *x.shape[2:]), x.dtype))
-            else:
-                pairs = self.time(cache.extend(x, FRAMES_BEFORE))
-                x = einops.rearrange(pairs, "z t h w (two c) -> z (t two) h w c", two=2)
+            pairs = self.time(cache.extend(x, FRAMES_BEFORE, below=1))
+            pairs = einops.rearrange(pairs, "z t h w (two c) -> z (t two) h w c", two=2)
+            x = choose(cache.numbers(pairs.shape[1]) == 0, jnp.repeat(x, 2, axis=1), pairs)
         return self.space(einops.repeat(x, "z t h w c -> z t (h 2) (w 2) c"))
 
 
 def mean_down(
     x: Float[Array, "batch frames height width inputs"], outputs: int, time: int, space: int
 ) -> Float[Array, "batch less_frames less_height less_width outputs"]:
-    """Folds `time` frames, `space` rows and columns into channels and averages these in groups.
-
-    A single first frame is folded with zeros before it.
-    """
-    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    """Folds `time` frames, `space` rows and columns into channels and averages these in groups."""
     x = einops.rearrange(x, "z (t a) (h b) (w c) d -> z t h w (d a b c)", a=time, b=space, c=space)
     return einops.reduce(x, "z t h w (d group) -> z t h w d", "mean", d=outputs)
 
 
 def repeat_up(
-    x: Float[Array, "batch frames height width inputs"],
-    outputs: int,
-    time: int,
-    space: int,
-    first: bool,
+    x: Float[Array, "batch frames height width inputs"], outputs: int, time: int, space: int
 ) -> Float[Array, "batch more_frames more_height more_width outputs"]:
-    """Repeats channels and unfolds them into `time` frames, `space` rows and columns.
-
-    Of the first frame of a video only the last of the frames is left.
-    """
+    """Repeats channels and unfolds them into `time` frames, `space` rows and columns."""
     repeats = outputs * time * space**2 // x.shape[-1]
-    x = einops.rearrange(
+    return einops.rearrange(
         jnp.repeat(x, repeats, axis=-1),
         "z t h w (d a b c) -> z (t a) (h b) (w c) d",
         d=outputs, a=time, b=space, c=space,
     )  # fmt: skip
-    return x[:, time - 1 :] if first else x
 
 
 def fold_pixels(
