@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 
 import vmonarch_jax as vm
 
@@ -20,7 +21,9 @@ class AttentionSchedule:
     outermost layers. What holds first decides: `steps`, `warmup`, `layers`, `method`.
 
     A frozen, hashable value: `at` is looked up while a step is traced, so there is one compiled
-    program for each distinct tuple of methods, and no branch in it.
+    program for each distinct tuple of methods, and no branch in it. Methods that remember something
+    keep it for each layer while others run, and see the steps of the whole schedule: one that is
+    called first behind its own first steps does then what it would have done on these.
 
     Attributes:
       method: where nothing else is said.
@@ -106,6 +109,54 @@ def runs_of(
     if len(methods) != layers:
         raise ValueError(f"expected {layers} attention methods, got {len(methods)}")
     return [(0, steps, methods)]
+
+
+def flops_of_steps(
+    attention: Attention,
+    steps: int,
+    layers: int,
+    grid: vm.VideoGrid,
+    *,
+    heads: int,
+    head_dim: int,
+    anew: Collection[int] = (),
+) -> list[int]:
+    """Matmul FLOPs of all layers' attention on each step of a sampler, for one call of the model.
+
+    A method that remembers is counted step by step. Where it is called for the first time behind
+    its first steps, it makes up for what it missed (its dense pass, its search): the dearest of
+    the steps up to then is counted.
+
+    Args:
+      attention: what the sampler takes.
+      steps: of the sampler.
+      layers: of the model.
+      grid: of its tokens.
+      heads: of a layer.
+      head_dim: of query, key and value.
+      anew: steps before which all that was remembered is let go.
+
+    Raises:
+      ValueError: as `runs_of`, or a method does not fit the grid.
+
+    Example:
+      sum(flops_of_steps(schedule, 50, 30, grid, heads=12, head_dim=128))
+    """
+
+    @functools.cache
+    def of(method: AttentionMethod, step: int) -> int:
+        return vm.flops.attention(method, grid, heads=heads, head_dim=head_dim, step=step)
+
+    counts, called = [0] * steps, set()
+    for first, end, methods in runs_of(attention, steps, layers):
+        for step in range(first, end):
+            if step in anew:
+                called.clear()
+            for place in enumerate(methods):
+                missed = range(step) if vm.remembers(place[1]) and place not in called else ()
+                counts[step] += max(of(place[1], n) for n in (*missed, step))
+                called.add(place)
+    return counts
 
 
 def _count_from_start(

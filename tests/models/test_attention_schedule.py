@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from remembering import Echo
 from vmonarch_jax.models import AttentionSchedule, VideoDiT, VideoDiTConfig, sample
+from vmonarch_jax.models.attention_schedule import flops_of_steps
 
 import vmonarch_jax as vm
 
@@ -91,3 +93,20 @@ def test_small_model_samples_under_a_schedule(model):
     again = run(AttentionSchedule(MONARCH, warmup_steps=2), on_step=lambda n, x: seen.append(n))
     assert seen == [1, 2, 3]
     np.testing.assert_allclose(again, mixed, atol=1e-5)
+
+
+def test_flops_of_steps():
+    grid = vm.VideoGrid(2, 2, 2)
+    sizes = {"heads": 2, "head_dim": 4}
+    dense, monarch = (vm.flops.attention(method, grid, **sizes) for method in (DENSE, MONARCH))
+    echo = Echo()  # twice as much on odd steps
+    assert flops_of_steps(echo, 4, 3, grid, **sizes) == [3 * dense * n for n in (1, 2, 1, 2)]
+    schedule = AttentionSchedule(echo, warmup_steps=2, layers={0: MONARCH}, steps={3: MONARCH})
+    # called first on step 2, it makes up for step 1
+    expected = [2 * dense, 2 * dense, monarch + 2 * dense, 2 * monarch, monarch + dense]
+    assert flops_of_steps(schedule, 5, 2, grid, **sizes) == expected
+    expected[4] = monarch + 2 * dense
+    assert flops_of_steps(schedule, 5, 2, grid, **sizes, anew=(4,)) == expected
+    assert sum(flops_of_steps(echo, 4, 1, grid, **sizes)) == vm.flops.sampling(
+        echo, grid, 4, **sizes
+    )
