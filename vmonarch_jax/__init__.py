@@ -15,9 +15,11 @@ from .block_sparse import (
     top_blocks,
 )
 from .certificate import attention_gap
+from .corrected import Corrected, CorrectedState
 from .dense import dense_attention
 from .explain import Explanation, explain
 from .grid import VideoGrid
+from .guided import Guided, GuidedState
 from .linear import linear_attention
 from .memory import attend, init_state, remembers
 from .methods import Attention, Dense, TiledMonarch, VMonarch
@@ -37,8 +39,12 @@ __all__ = [
     "Attention",
     "BlockSizes",
     "Blocks",
+    "Corrected",
+    "CorrectedState",
     "Dense",
     "Explanation",
+    "Guided",
+    "GuidedState",
     "Part",
     "Salad",
     "SlidingWindow",

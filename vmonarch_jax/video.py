@@ -105,7 +105,7 @@ def vmonarch_attention(
             part = Part(tiling.join(part.out), tiling.join(part.lse[..., None])[..., 0])
             if not exact_frames:
                 return part
-            rows = _rows(exact_frames, grid)
+            rows = token_rows(exact_frames, grid)
             exact = dense_part(backend, q[:, :, rows], k, v, keys, **exactly)
             return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, exact, strict=True)))
 
@@ -173,7 +173,7 @@ def _masks(tiling: Tiling, key_mask: Any, batch: int) -> tuple[Any, Any]:
     return queries, tiling.split(key_mask[..., None])[..., 0]
 
 
-def _rows(frames: tuple[int, ...], grid: VideoGrid) -> Any:
+def token_rows(frames: tuple[int, ...], grid: VideoGrid) -> Any:
     """Token indices of whole frames; a slice where they are the first ones, for speed."""
     if frames == tuple(range(len(frames))):
         return slice(0, len(frames) * grid.frame_tokens)

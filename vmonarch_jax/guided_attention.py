@@ -1,0 +1,132 @@
+"""Guided attention with its blocks chosen: an exact part and a Monarch part, merged."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
+from vmonarch_jax.pallas_kernels.l_step import xla as l_xla
+
+from . import checks
+from .block_sparse import top_blocks
+from .dispatch import Backend, Implementation, dispatch
+from .grid import Tiling
+from .guided_gap import curvature_gap, monarch_settings
+from .heads import by_heads, dense_part
+from .methods import VMonarch
+from .monarch import monarch_factors
+from .parts import Part, merge_attention
+from .video import token_rows
+
+# Tokens of the blocks that the block-sparse kernels work on; larger Monarch blocks are cut.
+KERNEL_BLOCK = 128
+
+
+def attend_chosen(
+    method: VMonarch,
+    exact_blocks: int,
+    query: Float[Array, "batch seq heads head_dim"],
+    key: Float[Array, "batch seq heads head_dim"],
+    value: Float[Array, "batch seq heads value_dim"],
+    cut: Tiling,
+    indices: Int[Array, "batch heads query_blocks exact_blocks"] | None,
+    *,
+    implementation: Implementation = None,
+    block_sizes: Any = None,
+) -> Part:
+    """Guided attention with given exact blocks; `None`: those of mass times curvature."""
+    settings, sizes = monarch_settings(method, query), checks.block_sizes_of(block_sizes)
+    frames = checks.frames_of(method.recompute_frames, cut.grid)
+    exactly = {"scale": settings["scale"], "block_sizes": sizes}
+    _, m, b = cut.sizes
+
+    def heads(backend: Backend, q: Any, k: Any, v: Any, indices: Any) -> Part:
+        if len(frames) == cut.grid.frames:
+            return dense_part(backend, q, k, v, None, **exactly)
+        lead = q.shape[:2]
+        # One tile: [z, h, 1, m, b, d] as groups of [m, b, d].
+        q4, k4, v4 = (cut.split(x).reshape(-1, m, b, x.shape[-1]) for x in (q, k, v))
+        on = {**settings, "backend": backend, "block_sizes": sizes}
+        qt, r = monarch_factors(q4, k4, v4, None, None, **on)
+        if indices is None:
+            known = jax.lax.stop_gradient((q4, qt, k4, r.al, r.cl))
+            gap = curvature_gap(*known, **exactly)
+            indices, _ = top_blocks(gap, exact_blocks)
+        else:  # heads are the third axis, as `by_heads` wants it
+            indices = indices.swapaxes(1, 2).reshape(-1, m, exact_blocks)
+        counts = np.where(dense_blocks(cut, frames), 0, exact_blocks)
+        exact = _exact_part(backend, q4, k4, v4, indices, counts, **exactly)
+        left_out = jnp.put_along_axis(
+            jnp.zeros((*indices.shape[:2], m), bool), indices, True, axis=-1, inplace=False
+        )
+        # The TPU's L step has no room for a mask of pairs; XLA's serves on any device.
+        last = backend.l_last if backend.name == "reference" else l_xla.last
+        out, lse = last(q4, r.al, r.cl, r.ys[0], left_out=left_out, block_sizes=sizes)
+        part = merge_attention([exact, Part(out.astype(v.dtype), lse)])
+        part = (x.reshape(*lead, 1, m, b, -1) for x in part)
+        out, lse = (cut.join(x) for x in part)
+        part = Part(out, lse[..., 0])
+        if not frames:
+            return part
+        rows = token_rows(frames, cut.grid)
+        dense = dense_part(backend, q[:, :, rows], k, v, None, **exactly)
+        return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, dense, strict=True)))
+
+    scores = cut.scores + len(frames) * cut.grid.frame_tokens * cut.grid.tokens
+    scores += m * exact_blocks * b * b
+    masks = None if indices is None else indices.swapaxes(1, 2)
+    arrays = (query, key, value)
+
+    def call(backend: Backend) -> Part:
+        if backend.block_sparse is None:
+            raise NotImplementedError(f"{backend.name!r} has no block-sparse kernel")
+        return by_heads(heads, arrays, masks, scores=scores, backend=backend, block_sizes=sizes)
+
+    return dispatch(implementation, call)
+
+
+def _exact_part(
+    backend: Backend,
+    q: Float[Array, "g m b d"],
+    k: Float[Array, "g m b d"],
+    v: Float[Array, "g m b e"],
+    indices: Int[Array, "g m r"],
+    counts: Int[np.ndarray, " m"],
+    *,
+    scale: float,
+    block_sizes: BlockSizes,
+) -> Part:
+    """Exact attention of every query block on its key blocks, through the block-sparse kernel."""
+    groups, m, b, _ = q.shape
+    block = _kernel_block(b)
+    parts = b // block
+    # Key block k is `parts` neighbouring ones of the kernel's, and each of the query block's own
+    # attends to all of them.
+    indices = indices[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
+    indices = jnp.repeat(indices.reshape(groups, m, -1), parts, axis=1)
+    counts = jnp.broadcast_to(jnp.repeat(counts * parts, parts), indices.shape[:2])
+    assert backend.block_sparse is not None  # the caller has looked
+    out, lse = backend.block_sparse(
+        *(x.reshape(groups, m * b, x.shape[-1]) for x in (q, k, v)), indices,
+        counts.astype(jnp.int32),
+        block=block, length=m * b, scale=scale, block_sizes=block_sizes,
+    )  # fmt: skip
+    return Part(out.reshape(groups, m, b, -1), lse.reshape(groups, m, b))
+
+
+def _kernel_block(b: int) -> int:
+    """The largest divisor of b up to `KERNEL_BLOCK`, a multiple of 8 (as TPUs want) if any is."""
+    divisors = [n for n in range(1, min(b, KERNEL_BLOCK) + 1) if b % n == 0]
+    block = max(divisors, key=lambda n: (n % 8 == 0, n))
+    # A block with no divisor worth the name stays whole: tiny ones would cost more than they save.
+    return block if block >= 8 else b
+
+
+def dense_blocks(cut: Tiling, frames: tuple[int, ...]) -> Bool[np.ndarray, " m"]:
+    """The query blocks whose rows are all recomputed densely: exact blocks would serve nobody."""
+    rows = np.zeros((cut.grid.tokens, 1), bool)
+    rows[token_rows(frames, cut.grid)] = True
+    return np.asarray(cut.split(rows, numpy=True))[0].all((1, 2))

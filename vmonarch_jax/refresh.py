@@ -1,0 +1,103 @@
+"""On which denoising steps a remembering method looks at the dense attention again."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from .grid import positive_int
+from .memory import Step
+
+# What a step does; the order of the branches of `memory.by_phase`.
+REFRESH, ORDINARY = 0, 1
+
+
+def check(refresh_steps: Any, every: Any) -> tuple[tuple[int, ...] | None, int | None]:
+    """The fields of a schedule: sorted steps, or the number of steps from one to the next.
+
+    Raises:
+        ValueError: if a step is no integer of at least 0, `every` is no positive integer, or both
+            are given.
+    """
+    if every is not None:
+        every = positive_int("every", every)
+    if refresh_steps is None:
+        return None, every
+    if every is not None:
+        raise ValueError(
+            f"expected `refresh_steps` or `every`, got both: {refresh_steps!r} and {every}"
+        )
+    if not isinstance(refresh_steps, (tuple, list)):
+        raise ValueError(f"`refresh_steps` must be a tuple of steps, got {refresh_steps!r}")
+    return tuple(sorted({whole("refresh_steps", step) for step in refresh_steps})), None
+
+
+def is_refresh(step: int, refresh_steps: tuple[int, ...] | None, every: int | None) -> bool:
+    """Whether the schedule refreshes on `step`. Step 0 always does: nothing is known yet."""
+    if step == 0:
+        return True
+    return step in (refresh_steps or ()) if every is None else step % every == 0
+
+
+def phase_of(
+    step: Step, filled: jax.Array, refresh_steps: tuple[int, ...] | None, every: int | None
+) -> Step:
+    """`REFRESH` on the steps of the schedule and until the state is `filled`, else `ORDINARY`.
+
+    A Python int where step and `filled` tell, a traced one otherwise.
+
+    Raises:
+        ValueError: if `step` is no integer of at least 0.
+    """
+    # Entries of a batch have gone the same way: one that is empty means that all are.
+    filled = filled.all()
+    if not isinstance(step, jax.Array):
+        if is_refresh(whole("step", step), refresh_steps, every):
+            return REFRESH
+        if not isinstance(filled, jax.core.Tracer):
+            return ORDINARY if bool(filled) else REFRESH
+        return jnp.where(filled, ORDINARY, REFRESH)
+    if step.ndim or not jnp.issubdtype(step.dtype, jnp.integer):
+        raise ValueError(f"`step` must be an integer scalar, got {step.dtype} {step.shape}")
+    if every is None:
+        scheduled = jnp.isin(step, np.asarray((0, *(refresh_steps or ())), np.int32))
+    else:
+        scheduled = step % every == 0
+    return jnp.where(scheduled | ~filled, REFRESH, ORDINARY)
+
+
+def whole(name: str, value: Any) -> int:
+    """A Python int of at least 0.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= 0:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}")
+
+
+def check_state(state: Any, expected: Any) -> None:
+    """Whether a state is one of this method on arrays of these sizes.
+
+    Args:
+        state: what the caller handed in.
+        expected: a `NamedTuple` of the shapes and dtypes that it must have.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    kind = type(expected)
+    if not isinstance(state, kind):
+        raise ValueError(f"`state` must be a vm.{kind.__name__}, got {type(state).__name__}")
+    for name in kind._fields:
+        sides = (jax.tree.leaves(getattr(side, name)) for side in (expected, state))
+        want, got = ([(x.shape, str(x.dtype)) for x in leaves] for leaves in sides)
+        if want != got:
+            raise ValueError(f"`state.{name}` must be {want} for this method and call, got {got}")
