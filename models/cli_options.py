@@ -11,12 +11,23 @@ from typing import Any
 import numpy as np
 
 import vmonarch_jax as vm
+from vmonarch_jax.corrected import DTYPES
+from vmonarch_jax.salad import SPARSE
 
 from .labels import MOTIONS, PHOTOS
 from .layers import AttentionMethod
 from .wan.sharding import AXES
 
-METHODS = {"dense": vm.Dense, "vmonarch": vm.VMonarch, "tiled": vm.TiledMonarch}
+METHODS: dict[str, type] = {
+    "dense": vm.Dense,
+    "vmonarch": vm.VMonarch,
+    "tiled": vm.TiledMonarch,
+    "window": vm.SlidingWindow,
+    "salad": vm.Salad,
+    "adaspa": vm.AdaSpa,
+    "guided": vm.Guided,
+    "corrected": vm.Corrected,
+}
 
 
 def shape3(text: str) -> tuple[int, int, int]:
@@ -80,34 +91,109 @@ def take_fields(args: argparse.Namespace, config: type) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def steps_list(text: str) -> tuple[int, ...]:
+    """Reads `10,30`."""
+    try:
+        steps = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        steps = (-1,)
+    if min(steps) < 0:
+        raise argparse.ArgumentTypeError(f"expected steps from 0 such as 10,30, got {text!r}")
+    return steps
+
+
+# Flags of attention methods: the field that each one sets, and how it is read.
+_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "--steps-attention": ("steps", {"type": int, "metavar": "N", "help": "alternating steps"}),
+    "--recompute-frames": (
+        "recompute_frames",
+        {"type": int, "metavar": "N", "help": "first frames with exact attention"},
+    ),
+    "--block": ("block", {"type": shape3, "metavar": "TxHxW", "help": "block shape in tokens"}),
+    "--tile": ("tile", {"type": shape3, "metavar": "TxHxW", "help": "tile shape in tokens"}),
+    "--window": ("window", {"type": shape3, "metavar": "TxHxW", "help": "window in tokens"}),
+    "--sparse": ("sparse", {"choices": SPARSE, "help": "of salad: a window, or the best blocks"}),
+    "--sparsity": (
+        "sparsity",
+        {"type": float, "metavar": "S", "help": "share of the key blocks that are left out"},
+    ),
+    "--block-size": ("block_size", {"type": int, "metavar": "N", "help": "tokens of a block"}),
+    "--warmup-attention": (
+        "warmup_steps",
+        {"type": int, "metavar": "N", "help": "of adaspa: first sampling steps, dense"},
+    ),
+    "--search-steps": (
+        "search_steps",
+        {"type": steps_list, "metavar": "N,N", "help": "sampling steps that search for blocks"},
+    ),
+    "--exact-blocks": (
+        "exact_blocks",
+        {"type": int, "metavar": "N", "help": "of guided: key blocks with exact attention"},
+    ),
+    "--refresh-every": (
+        "every",
+        {"type": int, "metavar": "N", "help": "refresh on every Nth sampling step"},
+    ),
+    "--refresh-steps": (
+        "refresh_steps",
+        {"type": steps_list, "metavar": "N,N", "help": "refresh on these sampling steps"},
+    ),
+    "--residual": ("dtype", {"choices": DTYPES, "help": "of corrected: dtype of what it keeps"}),
+}
+
+
 def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> None:
     """Adds the flags that choose an attention method."""
     group = parser.add_argument_group("attention")
     group.add_argument("--attention", choices=METHODS, default=default, help=f"default {default}")
-    group.add_argument("--steps-attention", type=int, metavar="N", help="alternating steps")
     group.add_argument(
-        "--recompute-frames", type=int, metavar="N", help="first frames with exact attention"
-    )
-    group.add_argument("--block", type=shape3, metavar="TxHxW", help="block shape in tokens")
-    group.add_argument("--tile", type=shape3, metavar="TxHxW", help="tile shape in tokens")
+        "--corrected-method", choices=METHODS,
+        help="of corrected: the method; options that corrected lacks are this one's; "
+        "default vmonarch",
+    )  # fmt: skip
+    for flag, (_, how) in _FIELDS.items():
+        group.add_argument(flag, dest=_dest(flag), **how)
 
 
 def attention_of(args: argparse.Namespace) -> AttentionMethod:
     """Returns the method that the flags describe.
 
+    `corrected` and `guided` are made around a method: options that they do not have are its own.
+
     Raises:
       ValueError: an option is out of range, or the method has no such option.
     """
-    given = {
-        "steps": args.steps_attention,
-        "recompute_frames": args.recompute_frames,
-        "block": args.block,
-        "tile": args.tile,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.attention == "dense" and given:
-        raise ValueError(f"expected no options ({', '.join(given)}) with --attention dense")
-    return METHODS[args.attention](**given)
+    given = {flag: getattr(args, _dest(flag)) for flag in _FIELDS}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    names = [args.attention]
+    if args.attention == "corrected":
+        names.append(args.corrected_method or "vmonarch")
+    elif args.corrected_method is not None:
+        raise ValueError(f"expected no --corrected-method with --attention {args.attention}")
+    if names[-1] == "guided":
+        names.append("vmonarch")
+    method = None
+    chosen: list[tuple[type, dict[str, Any]]] = []
+    for kind in (METHODS[name] for name in names):
+        fields = {field.name for field in dataclasses.fields(kind)}
+        own = [flag for flag in given if _FIELDS[flag][0] in fields]
+        chosen.append((kind, {_FIELDS[flag][0]: given.pop(flag) for flag in own}))
+    if given:
+        known = [flag for flag, (name, _) in _FIELDS.items() if any(
+            name == field.name for kind, _ in chosen for field in dataclasses.fields(kind)
+        )]  # fmt: skip
+        expected = f"options of it ({', '.join(known)})" if known else "no options"
+        raise ValueError(
+            f"expected {expected} with --attention {' of '.join(names)}, got {', '.join(given)}"
+        )
+    for kind, options in reversed(chosen):
+        method = kind(**options) if method is None else kind(method, **options)
+    return method
+
+
+def _dest(flag: str) -> str:
+    # a name of its own: training has warm-up steps too
+    return "attention" + flag[1:].replace("-", "_")
 
 
 def label_of(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import time
 
@@ -17,9 +18,11 @@ import vmonarch_jax as vm
 from . import cli_options as options
 from .config import CONFIGS
 from .demo import add_demo
-from .export import load_model, load_params
+from .export import export_params, load_model, load_params
 from .flow import FlowConfig
 from .pictures import save_gif, save_strip
+from .pipeline import MotionVideos, batches
+from .salad import add_branches, drop_branches, mean_gates
 from .sampler import SOLVERS, sample
 from .step import OPTIMIZERS, TrainConfig
 from .train import train
@@ -28,6 +31,10 @@ from .wan.generate.command import add_generate
 
 # Of tuning a small model.
 _TUNING = {"steps": 300, "learning_rate": 2e-4, "warmup_steps": 20}
+# Of its adapters, under SALAD.
+_RANK = 16
+# Of videos that no training has seen, unless it was given this seed.
+_HELD_OUT = 77
 
 
 def _add_run(parser: argparse.ArgumentParser, attention: str = "dense", **defaults: float) -> None:
@@ -44,7 +51,7 @@ def _add_run(parser: argparse.ArgumentParser, attention: str = "dense", **defaul
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _run(args: argparse.Namespace, model_config, initial) -> None:
+def _run(args: argparse.Namespace, model_config, initial, rank: int | None = None) -> None:
     wanted = {name: getattr(args, name) for name in ("frames", "dtype", "scan_layers", "remat")}
     model_config = dataclasses.replace(
         model_config, **{name: value for name, value in wanted.items() if value is not None}
@@ -53,7 +60,7 @@ def _run(args: argparse.Namespace, model_config, initial) -> None:
     config = TrainConfig(**options.take_fields(args, TrainConfig), flow=flow)
     train(
         args.out, model_config, config, attention=options.attention_of(args), initial=initial,
-        workers=args.workers, progress=not args.quiet,
+        adapter_rank=rank, workers=args.workers, progress=not args.quiet,
     )  # fmt: skip
     print(f"done: weights in {args.out / 'export'}, curve in {args.out / 'loss.png'}")
 
@@ -86,10 +93,52 @@ def _run_finetune(args: argparse.Namespace) -> None:
         run_wan(args)
         return
     check_no_wan_options(args)
+    rank = None
+    if args.attention == "salad" and not args.full:
+        rank = _RANK if args.rank is None else args.rank
+    elif args.rank is not None:
+        raise ValueError(f"expected no --rank with --full, got {args.rank}")
     for name, value in {"workers": 0, **_TUNING}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    _run(args, *load_params(args.source))
+    model_config, params = load_params(args.source)
+    if args.attention == "salad":
+        model_config, params = add_branches(model_config, params)
+    _run(args, model_config, params, rank)
+
+
+def add_drop_branches(commands) -> None:
+    """`vmonarch drop-branches`: a SALAD model without the linear branches that do least."""
+    parser = commands.add_parser(
+        "drop-branches", help="take the linear branches of the smallest gates out of a model"
+    )
+    folder = {"type": pathlib.Path, "metavar": "DIR", "required": True}
+    parser.add_argument("--from", dest="source", **folder, help="exported model with branches")
+    parser.add_argument("--out", **folder, help="folder of the model without them")
+    parser.add_argument("--share", type=float, default=0.2, metavar="S", help="default 0.2")
+    parser.add_argument("--batches", type=int, default=10, metavar="N", help="default 10")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="default 4")
+    parser.add_argument(
+        "--seed", type=int, default=_HELD_OUT, help=f"of the videos; default {_HELD_OUT}"
+    )
+    options.add_fields(parser, FlowConfig)
+    options.add_attention(parser, "salad")
+    parser.set_defaults(run=_run_drop_branches)
+
+
+def _run_drop_branches(args: argparse.Namespace) -> None:
+    attention = options.attention_of(args)
+    model = load_model(args.source, attention=attention)
+    source = MotionVideos(args.seed, frames=model.config.frames, size=model.config.height)
+    some = itertools.islice(batches(source, batch_size=args.batch_size), args.batches)
+    flow = FlowConfig(**options.take_fields(args, FlowConfig))
+    gates = mean_gates(model, some, flow=flow, seed=args.seed)
+    model_config, params = drop_branches(*load_params(args.source), gates, args.share)
+    export_params(args.out, model_config, params, note=str(attention))
+    for layer, gate in gates.items():
+        dropped = "" if layer in model_config.linear_layers else ", dropped"
+        print(f"layer {layer}: mean gate {gate:.3f}{dropped}")
+    print(f"done: {args.out}")
 
 
 def add_sample(commands) -> None:
@@ -150,4 +199,12 @@ def _run_explain(args: argparse.Namespace) -> None:
 
 
 #: What `vmonarch` offers, in the order of its help.
-COMMANDS = (add_train, add_finetune, add_sample, add_demo, add_generate, add_explain)
+COMMANDS = (
+    add_train,
+    add_finetune,
+    add_drop_branches,
+    add_sample,
+    add_demo,
+    add_generate,
+    add_explain,
+)

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from .config import VideoDiTConfig
 from .dit import VideoDiT
 from .layers import AttentionMethod
 from .params import Params, check_params, split_params
+from .salad import add_branches
 
 _FORMAT = "vmonarch-video-dit-1"
 
@@ -109,7 +111,7 @@ def load_model(
     folder: pathlib.Path,
     *,
     attention: AttentionMethod | Sequence[AttentionMethod] = vm.Dense(),  # noqa: B008 (frozen)
-    **overrides: object,
+    **overrides: Any,
 ) -> VideoDiT:
     """Returns an exported model under any attention method.
 
@@ -117,12 +119,14 @@ def load_model(
       folder: what `export_params` wrote.
       attention: the method, or one a layer.
       **overrides: fields of the configuration that leave the parameters alone: `dtype`,
-        `scan_layers`, `remat`.
+        `scan_layers`, `remat`; and `linear_layers`, where layers without a linear branch get a new
+        one, which changes nothing before it is trained.
 
     Raises:
       ValueError: as `load_params`, and for an override that would change a parameter's shape.
     """
     config, params = load_params(folder)
+    config, params = add_branches(config, params, overrides.pop("linear_layers", ()))
     config = dataclasses.replace(config, **overrides)
     model = nnx.eval_shape(lambda: VideoDiT(config, attention=attention, rngs=nnx.Rngs(0)))
     rebuild, expected = split_params(model)

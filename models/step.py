@@ -170,15 +170,30 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
     return jax.jit(make, out_shardings=shardings)(params)
 
 
+def trained_alone(trained: Params) -> Params:
+    """The parameters of a model all of whose parameters are trained."""
+    return trained
+
+
 def make_step(
-    model: VideoDiT, config: TrainConfig
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
-    """Returns the compiled step of a model, `(state, batch) -> (state, metrics)`."""
+    model: VideoDiT,
+    config: TrainConfig,
+    whole: Callable[..., Params] = trained_alone,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the compiled step of a model, `(state, batch, *inputs) -> (state, metrics)`.
+
+    Args:
+      model: what is trained.
+      config: the run's settings.
+      whole: `whole(trained, *inputs)` makes the model's parameters of those that are trained.
+    """
     rebuild, _ = split_params(model)
 
-    def loss_of(params: Params, key: Key[Array, ""], batch: dict[str, Array]) -> Float[Array, ""]:
+    def loss_of(
+        params: Params, key: Key[Array, ""], batch: dict[str, Array], *inputs: Any
+    ) -> Float[Array, ""]:
         return flow_loss(
-            rebuild(params),
+            rebuild(whole(params, *inputs)),
             batch["video"],
             batch["label"],
             batch["caption"] if model.config.caption_dim else None,

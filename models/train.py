@@ -16,7 +16,8 @@ from .layers import AttentionMethod
 from .loop import claim, run_steps
 from .params import Params, check_params, split_params
 from .pipeline import MotionVideos, batches
-from .step import TrainConfig, TrainState, init_state, make_step
+from .salad import merge_tuned, split_for_tuning
+from .step import TrainConfig, TrainState, init_state, make_step, trained_alone
 
 
 def train(
@@ -26,6 +27,7 @@ def train(
     *,
     attention: AttentionMethod | Sequence[AttentionMethod],
     initial: Params | None = None,
+    adapter_rank: int | None = None,
     workers: int = 0,
     progress: bool = True,
     on_checkpoint: Callable[[TrainState], None] | None = None,
@@ -41,6 +43,8 @@ def train(
       config: the run's settings.
       attention: the method, or methods, to train under.
       initial: parameters to start from (fine-tuning); `None` draws new ones.
+      adapter_rank: trains low-rank adapters of the attention's projections and the linear branches
+        alone, and merges the adapters into what it exports; `None`: all parameters.
       workers: processes that render videos; 0 uses threads of this one.
       progress: whether to show a progress bar.
       on_checkpoint: called with the state after each checkpoint is complete.
@@ -59,6 +63,7 @@ def train(
         model=dataclasses.asdict(model_config),
         train=dataclasses.asdict(config),
         attention=str(attention),
+        **({} if adapter_rank is None else {"adapter_rank": adapter_rank}),
     )
 
     def create() -> VideoDiT:
@@ -70,15 +75,23 @@ def train(
     else:
         check_params(initial, split_params(model)[1], "initial parameters")
         params = dict(initial)
+    whole, inputs = trained_alone, ()
+    if adapter_rank is not None:
+        params, frozen = split_for_tuning(params, adapter_rank, config.seed)
+        whole, inputs = merge_tuned, (frozen,)
     state = init_state(params, config)
     source = MotionVideos(config.seed, frames=model_config.frames, size=model_config.height)
     data = batches(source, batch_size=config.batch_size, seed=config.seed, workers=workers)
 
     def export(state: TrainState) -> None:
-        export_params(folder / "export", model_config, state.averaged, note=str(attention))
+        params = whole(state.averaged, *inputs)
+        export_params(folder / "export", model_config, params, note=str(attention))
         if on_checkpoint:
             on_checkpoint(state)
 
-    step = make_step(model, config)
-    state = run_steps(folder, config, state, step, data, export, workers=workers, progress=progress)
-    return state.averaged
+    step = make_step(model, config, whole)
+    state = run_steps(
+        folder, config, state, step, data, export,
+        inputs=inputs, workers=workers, progress=progress,
+    )  # fmt: skip
+    return whole(state.averaged, *inputs)

@@ -28,6 +28,8 @@ _ONLY_HERE = (
     "data", "size", "fps", "cache", "full", "rank", "alpha", "projections", "expert",
     "first_frame_share", "recompute", "mesh",
 )  # fmt: skip
+# Of these, what tuning the small model to SALAD takes too.
+_ADAPTERS = ("full", "rank")
 
 
 def add_wan_options(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +48,17 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
         help="latents and text states, which runs may share; default: cache in the run's folder",
     )  # fmt: skip
     group.add_argument(
-        "--full", action="store_true", default=None, help="tune all weights, not LoRA adapters"
+        "--full",
+        action="store_true",
+        default=None,
+        help="tune all weights, not LoRA adapters (also of a small model under salad)",
     )
-    group.add_argument("--rank", type=int, metavar="N", help=f"of LoRA; default {LoRA.rank}")
+    group.add_argument(
+        "--rank",
+        type=int,
+        metavar="N",
+        help=f"of LoRA; default {LoRA.rank}, under salad with --from 16",
+    )
     group.add_argument("--alpha", type=float, metavar="A", help="of LoRA; default: the rank")
     group.add_argument(
         "--projections", type=lambda text: tuple(text.split(",")), metavar="NAME,...",
@@ -73,7 +83,9 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
 
 def check_no_wan_options(args: argparse.Namespace) -> None:
     """Raises `ValueError` for flags that only a Wan model has."""
-    _none_of(args, _ONLY_HERE, "--from")
+    salad = args.attention == "salad"
+    names = tuple(name for name in _ONLY_HERE if not (salad and name in _ADAPTERS))
+    _none_of(args, names, "--from")
 
 
 def run_wan(args: argparse.Namespace) -> None:
