@@ -20,7 +20,7 @@ from .memory import Step, by_phase
 from .parts import Part
 
 # What a denoising step does.
-WARM_UP, FIRST_SEARCH, SEARCH, REUSE = range(4)
+WARM_UP, FIRST_SEARCH, REUSE, SEARCH = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,16 +252,18 @@ class AdaSpa:
         xp = np if static else jnp
         first, *later = self.searches
         again = xp.isin(step, np.asarray(later, np.int32))
-        kinds = [step < first, (step == first) | (again & (not self.lse_cache)), again]
-        phase = xp.select([xp.asarray(kind) for kind in kinds], [WARM_UP, FIRST_SEARCH, SEARCH],
-                          REUSE)  # fmt: skip
-        return int(phase) if static else phase.astype(jnp.int32)
+        phase = xp.where(again, SEARCH if self.lse_cache else FIRST_SEARCH, REUSE)
+        phase = xp.where(step == first, FIRST_SEARCH, phase)
+        phase = xp.where(step < first, WARM_UP, phase)
+        return int(phase) if static else phase
 
     def _run(self, call: Call, state: AdaSpaState, phase: Any) -> tuple[Part, AdaSpaState]:
         if call.keeps_all:
             return call.dense(), state
         first = call.first_search
-        kinds = (lambda state: (call.dense(), state), first, call.search, call.reuse)
+        kinds = [lambda state: (call.dense(), state), first, call.reuse]
+        if self.lse_cache:
+            kinds.append(call.search)
         if isinstance(phase, int) and phase <= FIRST_SEARCH:
             return kinds[phase](state)
         # Entries of a batch have gone the same way, so one without blocks means that none has any.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from .adaspa_search import Budget, Cut, choose
 from .block_sparse import Blocks, block_mass, block_sparse_attention, dense_attention_mass
@@ -20,7 +20,7 @@ class AdaSpaState(NamedTuple):
     key blocks of the video rows as in `vm.Blocks`, `ready` says whether they have been searched.
     """
 
-    lse: Float[Array, "batch heads rows"] | None
+    lse: Any  # [batch, heads, rows], float32, or None
     indices: Int[Array, "batch heads row_blocks budget"]
     counts: Int[Array, "batch heads row_blocks"]
     ready: Bool[Array, " batch"]
@@ -60,8 +60,7 @@ class Call:
 
     def search(self, state: AdaSpaState) -> tuple[Part, AdaSpaState]:
         """A search with the kept log-sum-exp, and attention on what it finds."""
-        assert state.lse is not None  # without the cache all searches are first ones
-        rows, lse = self.query[:, self.cut.rows], state.lse.swapaxes(1, 2)
+        rows, lse = self.query[:, self.cut.rows], jnp.swapaxes(state.lse, 1, 2)
         mass = block_mass(rows, self.key, lse, self.cut.block, **self.on)
         blocks = choose(mass, self.cut, self.budget, self.recall)
         return self._sparse(blocks), self._remember(state.lse, blocks)

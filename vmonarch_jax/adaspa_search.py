@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .block_sparse import Blocks
 
+# Half a block counts as a whole one, also where `1 - sparsity` falls a rounding error short of it.
+ROUND_UP = 0.5 + 1e-9
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -91,7 +94,7 @@ class Budget:
         the paper's sparsities `(1 + s) / 2`, `s` and `(3 s - 1) / 2`. Where `3 a / 2` exceeds
         everything (`s < 1/3`), both outer tiers move towards the middle, so that the mean stays.
         """
-        keep = min(blocks, max(1, math.floor((1 - sparsity) * blocks + 0.5)))
+        keep = min(blocks, max(1, math.floor((1 - sparsity) * blocks + ROUND_UP)))
         return cls(keep, min(keep // 2, blocks - keep) if head_adaptive else 0)
 
     @property
