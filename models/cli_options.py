@@ -172,7 +172,6 @@ def attention_of(args: argparse.Namespace) -> AttentionMethod:
         raise ValueError(f"expected no --corrected-method with --attention {args.attention}")
     if names[-1] == "guided":
         names.append("vmonarch")
-    method = None
     chosen: list[tuple[type, dict[str, Any]]] = []
     for kind in (METHODS[name] for name in names):
         fields = {field.name for field in dataclasses.fields(kind)}
@@ -186,8 +185,10 @@ def attention_of(args: argparse.Namespace) -> AttentionMethod:
         raise ValueError(
             f"expected {expected} with --attention {' of '.join(names)}, got {', '.join(given)}"
         )
+    kind, options = chosen.pop()
+    method = kind(**options)
     for kind, options in reversed(chosen):
-        method = kind(**options) if method is None else kind(method, **options)
+        method = kind(method, **options)
     return method
 
 

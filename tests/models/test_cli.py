@@ -1,12 +1,16 @@
 """The `vmonarch` command: the whole way from training to pictures, and its error messages."""
 
+import argparse
+
 import numpy as np
 import pytest
 from PIL import Image
 from vmonarch_jax.models import CONFIGS, load_model, load_params
 from vmonarch_jax.models.cli import main
-from vmonarch_jax.models.cli_options import caption_of, label_of
+from vmonarch_jax.models.cli_options import add_attention, attention_of, caption_of, label_of
 from vmonarch_jax.models.metrics import read_csv
+
+import vmonarch_jax as vm
 
 TRAIN = ["train", "--config", "micro", "--frames", "2", "--batch-size", "2", "--quiet"]
 
@@ -46,7 +50,19 @@ def test_train_finetune_sample(run, tmp_path, capsys):
         ([*TRAIN, "--out", "RUN", "--steps", "5"], "expected the run that is there"),
         ([*TRAIN, "--out", "NEW", "--steps", "0"], "expected steps >= 1, got 0"),
         ([*TRAIN, "--out", "NEW", "--frames", "0"], "expected frames >= 1, got 0"),
-        ([*TRAIN, "--out", "NEW", "--tile", "1x8x8"], "--attention dense"),
+        (
+            [*TRAIN, "--out", "NEW", "--tile", "1x8x8"],
+            "no options with --attention dense, got --tile",
+        ),
+        (
+            [*TRAIN, "--out", "NEW", "--attention", "adaspa", "--exact-blocks", "2"],
+            "--warmup-attention, --search-steps) with --attention adaspa, got --exact-blocks",
+        ),
+        (
+            [*TRAIN, "--out", "NEW", "--attention", "guided", "--corrected-method", "tiled"],
+            "expected no --corrected-method with --attention guided",
+        ),
+        ([*TRAIN, "--out", "NEW", "--attention", "window", "--sparsity", "2"], "got 2.0"),
         ([*TRAIN, "--out", "NEW", "--attention", "vmonarch", "--steps-attention", "0"], "got 0"),
         (["finetune", "--from", "NEW", "--out", "NEW2"], "config.json: expected"),
         (["sample", "--model", "NEW"], "config.json: expected"),
@@ -71,6 +87,8 @@ def test_mistakes_get_one_line_and_status_2(run, tmp_path, capsys, command, word
         (["train", "--out", "a", "--speed", "9"], "unrecognized arguments: --speed 9"),
         (["train"], "required: --out"),
         (["train", "--out", "a", "--steps", "many"], "invalid int value: 'many'"),
+        (["explain", "--search-steps", "1,-2"], "expected steps from 0 such as 10,30, got '1,-2'"),
+        (["explain", "--attention", "sparse"], "invalid choice: 'sparse'"),
         (["explain", "--grid", "21x30"], "expected FRAMESxHEIGHTxWIDTH such as 1x8x8, got '21x30'"),
     ],
 )
@@ -79,6 +97,37 @@ def test_wrong_flags_get_usage_and_status_2(capsys, command, words):
         main(command)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ("--attention vmonarch --block 2x4x4", vm.VMonarch(block=(2, 4, 4))),
+        ("--attention window --window 2x4x4 --tile 4x4x4", vm.SlidingWindow((2, 4, 4), (4, 4, 4))),
+        ("--attention salad --sparse top_k --sparsity 0.5", vm.Salad(sparse="top_k", sparsity=0.5)),
+        (
+            "--attention adaspa --warmup-attention 2 --search-steps 2,5 --block-size 32",
+            vm.AdaSpa(warmup_steps=2, search_steps=(2, 5), block_size=32),
+        ),
+        (
+            "--attention guided --exact-blocks 3 --refresh-every 4 --steps-attention 1",
+            vm.Guided(vm.VMonarch(steps=1), exact_blocks=3, every=4),
+        ),
+        ("--attention corrected --refresh-steps 0,4", vm.Corrected(refresh_steps=(0, 4))),
+        (
+            "--attention corrected --corrected-method tiled --residual float8 --tile 1x4x4",
+            vm.Corrected(vm.TiledMonarch(tile=(1, 4, 4)), dtype="float8"),
+        ),
+        (
+            "--attention corrected --corrected-method guided --refresh-every 5 --exact-blocks 2",
+            vm.Corrected(vm.Guided(exact_blocks=2), every=5),
+        ),
+    ],
+)
+def test_methods_by_flags(flags, method):
+    parser = argparse.ArgumentParser()
+    add_attention(parser)
+    assert attention_of(parser.parse_args(flags.split())) == method
 
 
 def test_conditions_by_name():
