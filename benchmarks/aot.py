@@ -33,6 +33,7 @@ class Schedule:
             are in `cycles`, so a kernel that has any is counted once too often. The part that
             holds the whole step is not among them.
         loops: cycles of each loop's body inside the step; they are in `cycles` once.
+        loop_used: slots used in the longest of these loops, by unit.
     """
 
     name: str
@@ -42,10 +43,19 @@ class Schedule:
     vmem: int
     branches: tuple[int, ...] = ()
     loops: tuple[int, ...] = ()
+    loop_used: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def busy(self, unit: str) -> float:
         """Share of a unit's slots that are used."""
         return self.used[unit] / (self.slots[unit] * self.cycles)
+
+    def turned(self, turns: int) -> "Schedule":
+        """The same step with the longest loop inside it run `turns` times."""
+        if turns == 1 or not self.loops:
+            return self
+        more = turns - 1
+        used = {unit: n + more * self.loop_used[unit] for unit, n in self.used.items()}
+        return dataclasses.replace(self, cycles=self.cycles + more * max(self.loops), used=used)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +148,16 @@ class Compiler:
             originals = glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-02-original.txt")
             text = Path(originals[0]).read_text() if originals else ""
             vmem = sum(int(s, 16) for s in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text))
-            jumps = _jumps(glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-*-post-ra.txt"))
-            found.append(Schedule(match[1], len(rows), used, slots, vmem, *jumps))
+            parts, loops = _jumps(
+                glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-*-post-ra.txt")
+            )
+            longest = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+            inside = rows[slice(*longest)] or [[0] * len(UNITS)]
+            loop_used = dict(zip(UNITS, map(sum, zip(*inside, strict=True)), strict=True))
+            lengths = tuple(stop - start for start, stop in loops)
+            found.append(
+                Schedule(match[1], len(rows), used, slots, vmem, parts, lengths, loop_used)
+            )
         return found
 
 
@@ -147,8 +165,8 @@ class Compiler:
 _DELAY = 5
 
 
-def _jumps(paths: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cycles of the parts that a jump may leave out, and of the loops, by the jumps of a kernel.
+def _jumps(paths: list[str]) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Cycles of the parts that a jump may leave out, and where the loops are, in a kernel.
 
     The part inside the grid's own loop that is left out only before its first and after its last
     step is the step itself, and the loop around all others the grid.
@@ -177,5 +195,5 @@ def _jumps(paths: list[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ]
     return (
         tuple(stop - start for start, stop in outermost),
-        tuple(stop - start for start, stop in loops if (start, stop) != grid),
+        tuple(loop for loop in loops if loop != grid),
     )

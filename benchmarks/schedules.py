@@ -1,7 +1,8 @@
 """Cycles and bytes of our kernels, one at a time and in whole calls, on a chip that is not there.
 
 Kernels are counted without their branch for extreme scores, which ordinary inputs never take; a
-branch for the first or last of several grid steps is counted at every step, against us.
+branch for the first or last of several grid steps is counted at every step, against us. The longest
+loop inside a step counts as often as it runs.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from . import hlo
 from .aot import Compiled, Compiler, Schedule
 
 # Rooms with kernels, and where each lists its cases.
-ROOMS = ("attend", "r_step", "l_step", "tiled")
+ROOMS = ("attend", "r_step", "l_step", "tiled", "block_sparse")
 MODULES = {"cases": "CASES", "cases_backward": "CASES"}
 SHAPES = ("21x30x52", "21x45x80", "46x28x52", "81x28x52", "16x28x52")
 HEADS = 8  # a whole tile of them, so that XLA's copies are those of a model with more
@@ -39,7 +40,7 @@ class Measured:
         bound: the larger of its cycles and those that its bytes take.
         busy: share of the slots used, by unit.
         spills: vector stores that spill, of a step.
-        loops: loops inside a step, whose bodies are counted once.
+        loops: loops inside a step; of all but the longest the body is counted once.
     """
 
     kernel: str
@@ -122,6 +123,7 @@ def _twin(op: hlo.Operation, result: Compiled, schedules: dict[str, Schedule]) -
 
 def _measured(schedule: Schedule, launch: Any, runs: float, chip: Chip) -> Measured:
     steps = math.prod(launch.grid) * runs
+    schedule = schedule.turned(launch.turns)
     cycles, moved = schedule.cycles * steps, launch.moved * runs
     floor = schedule.used["matmul"] / schedule.slots["matmul"] * steps
     return Measured(

@@ -55,13 +55,14 @@ def _pallas_tpu() -> Backend:
     if not mode.available():
         raise NotImplementedError(f"needs a TPU, and this is a {jax.default_backend()}")
     from vmonarch_jax.pallas_kernels.attend import tpu as attend
+    from vmonarch_jax.pallas_kernels.block_sparse import tpu as block_sparse
     from vmonarch_jax.pallas_kernels.l_step import tpu as l_step
     from vmonarch_jax.pallas_kernels.r_step import tpu as r_step
     from vmonarch_jax.pallas_kernels.tiled import tpu as tiled
 
     return Backend(
         "pallas_tpu", attend.attend, r_step.r_step, l_step.middle, l_step.last,
-        tiled=tiled.tiled, keeps=True,
+        tiled=tiled.tiled, block_sparse=block_sparse.block_sparse, keeps=True,
     )  # fmt: skip
 
 

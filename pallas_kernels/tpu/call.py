@@ -44,17 +44,21 @@ def launch(
     exps: int = 0,
     moved: int = 0,
     blocks: dict[str, int] | None = None,
+    turns: int = 1,
     **more: Any,
 ) -> Callable[..., Any]:
     """`pl.pallas_call` with this project's defaults.
 
     `flops` (of matmuls), `exps` and `moved` (HBM bytes, each re-read counted) are those of the
     whole grid; they inform XLA and, with `blocks`, the schedule table and `vm.explain`.
+    `turns` is how often the longest loop inside a grid step runs, which a schedule lists once.
     """
     found = launches()
     if found is not None:
         chosen = tuple(sorted((blocks or {}).items()))
-        found.append(Launch(name, tuple(grid), flops, exps, moved, chosen, noted_choice(name)))
+        found.append(
+            Launch(name, tuple(grid), flops, exps, moved, chosen, turns, noted_choice(name))
+        )
     return pl.pallas_call(
         body,
         name=name,

@@ -27,6 +27,7 @@ class Launch:
     exps: int
     moved: int
     blocks: tuple[tuple[str, int], ...] = ()
+    turns: int = 1  # of the longest loop inside a grid step
     # Of the last choice of block sizes for a kernel of this name; `None`: there was none.
     entry: Any = dataclasses.field(default=None, compare=False)
 

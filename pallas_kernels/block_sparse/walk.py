@@ -1,0 +1,317 @@
+"""The walk over kept blocks that the block-sparse TPU kernels share.
+
+A grid step holds some row blocks (query blocks, or key blocks where dk and dv are computed), and
+the other side lies in VMEM whole. The work is cut into *units*: one row block against `width` of
+the blocks that it keeps, gathered side by side into one wide operand. A loop takes several units at
+a time, whichever row they belong to: rows may keep different numbers of blocks without waiting for
+each other, and one unit's products hide the latency of another's.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from ..block_sizes import BlockSizes
+from ..numerics import MASKED, precision
+from ..tpu import chips
+from ..tpu.call import available
+from ..tpu.table import choose
+
+LANES = 128
+
+# Scores of the units that one turn of the loop works on, how many times fewer they are in float32,
+# whose products take six passes, and most units: their addresses are scalar work.
+TURN_SCORES = 2**18
+FLOAT32_SHARE = 8
+TURN_UNITS = 8
+
+# Indices of a grid step in SMEM, which holds 2^18 words and two steps' indices.
+STEP_INDICES = 2**15
+
+# The share of the VMEM that kernels plan with, and how much of it is for all but the side that
+# lies there whole.
+VMEM_SHARE = 0.9
+OTHER_BYTES = 6 * chips.MIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a body is specialised for.
+
+    Args:
+        block: tokens of a block.
+        rows: row blocks of a grid step.
+        width: kept blocks of a unit.
+        units: units of a turn of the loop.
+        budget: kept blocks that a row has room for, a multiple of `width`.
+        length: tokens of the side that is walked over; those after it are masked.
+        turns: turns of the loop, if every row keeps as many blocks as the average one.
+    """
+
+    block: int
+    rows: int
+    width: int
+    units: int
+    budget: int
+    length: int
+    turns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a grid step's rows."""
+        return self.rows * self.block
+
+    @property
+    def lanes(self) -> int:
+        """Tokens of a unit's kept blocks."""
+        return self.width * self.block
+
+
+class Unit(NamedTuple):
+    """Some kept blocks of one row block.
+
+    Args:
+        row: the row block, counted in the grid step; `plan.rows` for a unit that is for nothing.
+        blocks: the kept blocks.
+        ends: how many tokens of each are real.
+    """
+
+    row: Any
+    blocks: list[Any]
+    ends: list[Any]
+
+    def target(self, plan: Plan) -> Any:
+        """The rows that results are added to, in a buffer with one block more than the step."""
+        return pl.ds(pl.multiple_of(self.row * plan.block, plan.block), plan.block)
+
+    def source(self, plan: Plan) -> Any:
+        """The rows of the grid step to read."""
+        row = jnp.minimum(self.row, plan.rows - 1)
+        return pl.ds(pl.multiple_of(row * plan.block, plan.block), plan.block)
+
+    def gather(self, plan: Plan, ref: Any) -> Array:
+        """The kept blocks one below the other: `[lanes, dim]`."""
+        starts = [pl.multiple_of(i * plan.block, plan.block) for i in self.blocks]
+        return jnp.concatenate([ref[pl.ds(start, plan.block)] for start in starts])
+
+    def bias(self, plan: Plan) -> Array:
+        """0 for each real token of the kept blocks, very low for the others: `[1, lanes]`."""
+        real = self._real(plan)
+        return jnp.concatenate([jnp.where(x, 0.0, MASKED) for x in real], axis=1)
+
+    def line(self, plan: Plan, ref: Any, other: float) -> Array:
+        """The kept blocks of a vector laid out by `lines`, `other` for what is not real."""
+        pieces = []
+        for number, real in enumerate(self._real(plan)):
+            rows = [pl.ds(self.blocks[j], 1) for j in _blocks_of(plan, number)]
+            at = number * LANES % plan.block
+            values = [ref[row, at : at + LANES] for row in rows]
+            pieces.append(jnp.where(real, _by_block(plan, values), other))
+        return jnp.concatenate(pieces, axis=1)
+
+    def _real(self, plan: Plan) -> list[Array]:
+        """Which tokens are real, a vector of lanes at a time."""
+        found = []
+        for number in range(plan.lanes // LANES):
+            first = number * LANES
+            # The lane where the real tokens of the block that a lane is in come to an end.
+            ends = [j * plan.block - first + self.ends[j] for j in _blocks_of(plan, number)]
+            found.append(_lane() < _by_block(plan, ends))
+        return found
+
+
+def _lane() -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+
+
+def _blocks_of(plan: Plan, number: int) -> range:
+    """The blocks of a unit that lie in a vector of lanes."""
+    first = number * LANES
+    return range(first // plan.block, -(-(first + LANES) // plan.block))
+
+
+def _by_block(plan: Plan, values: list[Any]) -> Any:
+    """For each lane of a vector the value of the block that it is in."""
+    found = values[0]
+    for j, value in enumerate(values[1:], 1):
+        found = jnp.where(_lane() >= j * plan.block, value, found)
+    return found
+
+
+def make_plan(
+    name: str,
+    shape: dict[str, int],
+    dtype: Any,
+    *,
+    block: int,
+    row_blocks: int,
+    budget: int,
+    kept: float,
+    length: int,
+    block_sizes: BlockSizes,
+) -> Plan:
+    """Sizes of a kernel's steps: wishes for "rows" and "keys", in tokens, made to fit.
+
+    `kept` is how many blocks an average row keeps, at most `budget`.
+    """
+    wishes = choose(name, shape, jnp.dtype(dtype).name, {"rows": 1024, "keys": 512}, block_sizes)
+    least = max(1, LANES // block)  # blocks that fill a vector of lanes
+    width = max(1, round(min(wishes["keys"], budget * block) / (least * block))) * least
+    budget = -(-budget // width) * width
+    rows = max(1, min(row_blocks, wishes["rows"] // block, STEP_INDICES // budget))
+    scores = TURN_SCORES // (1 if jnp.dtype(dtype).itemsize == 2 else FLOAT32_SHARE)
+    row_units = -(-kept // width)
+    most = min(scores // (block * block * width), rows * row_units, TURN_UNITS)
+    units = int(max(1, most))
+    return Plan(block, rows, width, units, budget, length, int(-(-rows * row_units // units)))
+
+
+def check(block: int, *arrays: Array) -> None:
+    """Raises NotImplementedError for what the kernels cannot serve."""
+    if not available():
+        raise NotImplementedError("TPU kernels need a TPU")
+    dtypes = {x.dtype for x in arrays}
+    if len(dtypes) > 1 or arrays[0].dtype not in (jnp.bfloat16, jnp.float32):
+        names = sorted(str(dtype) for dtype in dtypes)
+        raise NotImplementedError(f"TPU kernels take bfloat16 or float32 throughout, got {names}")
+    if any(0 in x.shape for x in arrays):
+        raise NotImplementedError("TPU kernels take no empty arrays")
+    least = 32 // arrays[0].dtype.itemsize
+    if block < least or (LANES % block and block % LANES):
+        raise NotImplementedError(
+            f"TPU kernels take blocks of a multiple of {LANES} tokens, or of a power of two from "
+            f"{least} on in {arrays[0].dtype.name}, got {block}"
+        )
+
+
+def listed(
+    plan: Plan, indices: Int[Array, "g p c"], counts: Int[Array, "g p"], blocks: int
+) -> Int[Array, "g steps 1 _"]:
+    """What a grid step reads from SMEM: turns of its loop, counts, then indices row by row.
+
+    One row more, which keeps nothing, takes the units that a last turn has too many.
+    """
+    groups, p, budget = indices.shape
+    steps = pl.cdiv(p, plan.rows)
+    counts = jnp.clip(counts.astype(jnp.int32), 0, budget)
+    counts = jnp.pad(counts, ((0, 0), (0, steps * plan.rows - p))).reshape(groups, steps, -1)
+    # What lies past a count is read and masked: it has to be a block that exists.
+    indices = jnp.clip(indices.astype(jnp.int32), 0, blocks - 1)
+    room = ((0, 0), (0, steps * plan.rows - p), (0, plan.budget - budget))
+    indices = jnp.pad(indices, room).reshape(groups, steps, -1)
+    # A row without blocks takes a unit too: the walk goes on from row to row by units.
+    units = jnp.maximum(1, -(-counts // plan.width)).sum(-1, keepdims=True)
+    turns = -(-units // plan.units)
+    none = jnp.zeros((groups, steps, 1), jnp.int32)
+    last = jnp.zeros((groups, steps, plan.width), jnp.int32)
+    return jnp.concatenate([turns, counts, none, indices, last], axis=-1)[:, :, None]
+
+
+def list_spec(plan: Plan) -> pl.BlockSpec:
+    """A grid step's share of `listed`."""
+    words = 2 + plan.rows * (1 + plan.budget) + plan.width
+    return pl.BlockSpec((None, None, 1, words), lambda g, r: (g, r, 0, 0), memory_space=pltpu.SMEM)
+
+
+def for_units(plan: Plan, kept: Any, body: Callable[[list[Unit]], None]) -> None:
+    """Calls `body` with the next `plan.units` units until all are done."""
+
+    def turn(_: Any, at: Any) -> Any:
+        here = []
+        for _ in range(plan.units):
+            row, place = at
+            here.append(unit(plan, kept, row, place))
+            done = place + plan.width >= count_of(kept, row)
+            row = jnp.where(done, jnp.minimum(row + 1, plan.rows), row)
+            at = row, jnp.where(done, 0, place + plan.width)
+        body(here)
+        return at
+
+    jax.lax.fori_loop(0, kept[0, 0], turn, (jnp.int32(0), jnp.int32(0)))
+
+
+def count_of(kept: Any, row: Any) -> Any:
+    """How many blocks a row of the grid step keeps."""
+    return kept[0, 1 + row]
+
+
+def unit(plan: Plan, kept: Any, row: Any, place: Any) -> Unit:
+    """The unit of a row that starts at one of the blocks that it keeps."""
+    count = count_of(kept, row)
+    first = 2 + plan.rows + row * plan.budget + place
+    blocks = [kept[0, first + j] for j in range(plan.width)]
+    ends = []
+    for j, block in enumerate(blocks):
+        end = plan.block
+        if plan.length % plan.block:
+            end = jnp.minimum(plan.length - block * plan.block, plan.block)
+        ends.append(jnp.where(place + j < count, end, 0))
+    return Unit(row, blocks, ends)
+
+
+def lines(x: Float[Array, "g n"], block: int) -> Float[Array, "g p lanes"]:
+    """A vector as a row for each block, repeated until it fills a vector of lanes."""
+    x = x.reshape(x.shape[0], -1, block)
+    return jnp.tile(x, (1, 1, max(1, LANES // block)))
+
+
+def parts(blocks: int, block: int, widths: Sequence[int], dtype: Any) -> list[range]:
+    """The blocks that lie in VMEM at a time: all of them, or equal shares and what is left."""
+    room = VMEM_SHARE * chips.current().vmem - OTHER_BYTES
+    most = max(1, int(room) // (block * _token_bytes(widths, dtype)))
+    share = pl.cdiv(blocks, pl.cdiv(blocks, most))
+    return [range(i, min(i + share, blocks)) for i in range(0, blocks, share)]
+
+
+def whole(
+    number: int, share: int, block: int, widths: Sequence[int], dtype: Any
+) -> list[pl.BlockSpec]:
+    """Specs of the part of that number in VMEM, twice where the next head's fits beside it."""
+    bytes_ = share * block * _token_bytes(widths, dtype)
+    twice = 2 * bytes_ + OTHER_BYTES <= VMEM_SHARE * chips.current().vmem
+    more: dict[str, Any] = {} if twice else {"pipeline_mode": pl.Buffered(1)}
+    shapes = [(None, share * block, w) for w in widths]
+    return [pl.BlockSpec(shape, lambda g, r: (g, number, 0), **more) for shape in shapes]
+
+
+def _token_bytes(widths: Sequence[int], dtype: Any) -> int:
+    """VMEM of a token: lanes are taken by the vector."""
+    return jnp.dtype(dtype).itemsize * sum(pl.cdiv(w, LANES) * LANES for w in widths)
+
+
+def of_part(
+    part: range, indices: Int[Array, "g p c"], counts: Int[Array, "g p"]
+) -> tuple[Int[Array, "g p _"], Int[Array, "g p"]]:
+    """The kept blocks that lie in a part, counted from its first one."""
+    used = jnp.arange(indices.shape[-1]) < counts[..., None]
+    here = used & (indices >= part.start) & (indices < part.stop)
+    # Those of other parts are sorted to the end.
+    indices = jnp.sort(jnp.where(here, indices - part.start, len(part)), axis=-1)
+    return indices[..., : len(part)], here.sum(-1, dtype=jnp.int32)
+
+
+def turned(
+    part: range, indices: Int[Array, "g p c"], counts: Int[Array, "g p"], blocks: int
+) -> tuple[Int[Array, "g blocks _"], Int[Array, "g blocks"]]:
+    """For each key block the query blocks of a part that keep it, counted from the first one."""
+    indices, counts = (x[:, part.start : part.stop] for x in (indices, counts))
+    used = jnp.arange(indices.shape[-1]) < counts[..., None]
+    # Compared one by one, which XLA fuses into a reduction: scatters are slow on a TPU.
+    same = indices[..., None, :] == jnp.arange(blocks)[:, None]  # [g, p, blocks, c]
+    keep = (same & used[..., None, :]).any(-1).swapaxes(1, 2)
+    number = jnp.where(keep, jnp.arange(len(part), dtype=jnp.int32), len(part))
+    return jnp.sort(number, axis=-1), keep.sum(-1, dtype=jnp.int32)
+
+
+def dot(a: Array, b: Array, over_a: int, over_b: int) -> Array:
+    """A product in float32."""
+    return jax.lax.dot_general(
+        a, b, (((over_a,), (over_b,)), ((), ())),
+        precision=precision(a.dtype), preferred_element_type=jnp.float32,
+    )  # fmt: skip
