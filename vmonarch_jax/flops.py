@@ -137,6 +137,39 @@ def sampling(method: Any, grid: Any, steps: int, **sizes: Any) -> int:
     return sum(attention(method, grid, step=step, **sizes) for step in range(steps))
 
 
+def linear_branch(
+    grid: Any, *, heads: int = 12, head_dim: int = 128, value_dim: int | None = None
+) -> int:
+    """Matmul FLOPs of SALAD's linear branch (`vm.nn.SaladAttention`) in one forward pass.
+
+        states and their reading 4 N d e, normalisers 2 N d    for each head
+        projection 2 N (h e)^2, gate 2 h e                     for all h heads
+
+    It comes on top of `attention` of the sparse branch. The projection is most of it.
+
+    Args:
+        grid: a `vm.VideoGrid` or `(frames, height, width)`, in tokens.
+        heads: number of heads.
+        head_dim: d, of query and key.
+        value_dim: e; `None`: `head_dim`.
+
+    Returns:
+        The count, an int; for one entry of a batch.
+
+    Raises:
+        ValueError: if an option is wrong.
+
+    Example:
+        >>> grid = vm.VideoGrid(21, 30, 52)
+        >>> vm.flops.attention(vm.Salad(), grid) + vm.flops.linear_branch(grid)
+        837575224320
+    """
+    n, heads, d = VideoGrid.of(grid).tokens, positive_int("heads", heads), head_dim
+    d = positive_int("head_dim", d)
+    e = d if value_dim is None else positive_int("value_dim", value_dim)
+    return heads * (4 * n * d * e + 2 * n * d) + 2 * n * (heads * e) ** 2 + 2 * heads * e
+
+
 def tiling_of(method: VMonarch, grid: VideoGrid) -> Tiling:
     """The tiling that a Monarch method value means on a grid.
 
