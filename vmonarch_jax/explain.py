@@ -147,7 +147,9 @@ def explain(
     block_sizes = checks.block_sizes_of(block_sizes)
     size = jnp.dtype(dtype).itemsize
     count = batch * flops.attention(method, grid, heads=heads, head_dim=head_dim)
-    dense = batch * flops.attention(Dense(), grid, heads=heads, head_dim=head_dim)
+    # A joint sequence: text tokens beside the grid's.
+    tokens = grid.tokens + getattr(method, "text_tokens", 0)
+    dense = batch * flops.attention(Dense(), (1, 1, tokens), heads=heads, head_dim=head_dim)
     chosen = dispatch(implementation, lambda backend: backend)
     tried = attempts(implementation)
     before = tried[: [name for name, _, _ in tried].index(chosen.name)]
@@ -188,7 +190,7 @@ def explain(
         tiling=tiling,
         flops=count,
         dense_flops=dense,
-        qkvo_bytes=4 * batch * grid.tokens * heads * head_dim * size,
+        qkvo_bytes=4 * batch * tokens * heads * head_dim * size,
         score_bytes=score_bytes,
         chip=chip,
         kernels=kernels,
@@ -198,7 +200,8 @@ def explain(
 
 def _kernels(method, grid, head_dim, dtype, implementation, block_sizes) -> tuple[Kernel, ...]:
     """The kernels that a call traces for one head; they are launched for all heads at once."""
-    x = jax.ShapeDtypeStruct((1, grid.tokens, 1, head_dim), dtype)
+    tokens = grid.tokens + getattr(method, "text_tokens", 0)
+    x = jax.ShapeDtypeStruct((1, tokens, 1, head_dim), dtype)
 
     def call(q: Any, k: Any, v: Any) -> Any:
         return method(q, k, v, grid=grid, implementation=implementation, block_sizes=block_sizes)
