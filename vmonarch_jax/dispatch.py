@@ -62,7 +62,8 @@ def _pallas_tpu() -> Backend:
 
     return Backend(
         "pallas_tpu", attend.attend, r_step.r_step, l_step.middle, l_step.last,
-        tiled=tiled.tiled, block_sparse=block_sparse.block_sparse, keeps=True,
+        tiled=tiled.tiled, block_sparse=block_sparse.block_sparse,
+        block_mass=block_sparse.block_mass, keeps=True,
     )  # fmt: skip
 
 

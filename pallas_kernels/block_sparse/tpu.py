@@ -1,4 +1,4 @@
-"""Block-sparse attention on a TPU, with its gradient by kernels that compute the scores again."""
+"""Block-sparse attention on a TPU, with its gradient, and block masses."""
 
 import functools
 from typing import Any
@@ -32,6 +32,27 @@ def block_sparse(
     if 0 in indices.shape:
         raise NotImplementedError("TPU kernels take no empty arrays")
     return _attend((block, length, float(scale), block_sizes), q, k, v, indices, counts)
+
+
+def block_mass(
+    q: Float[Array, "g n d"],
+    k: Float[Array, "g s d"],
+    lse: Float[Array, "g n"],
+    *,
+    block: int,
+    length: int,
+    scale: float,
+    block_sizes: BlockSizes,
+) -> Float[Array, "g p blocks"]:
+    """The mass of every pair of blocks; a padded row has an infinite `lse`. It has no gradient.
+
+    Raises:
+        NotImplementedError: for a dtype, a size or a block that the kernel cannot serve.
+    """
+    from .tpu_mass import masses
+
+    walk.check(block, q, k)
+    return masses(q, k, lse, block=block, length=length, scale=scale, block_sizes=block_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
