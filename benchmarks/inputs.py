@@ -70,12 +70,16 @@ def velocity_errors(model: VideoDiT, noised: Noised, method: Any) -> Any:
 
 def samples(model: VideoDiT, method: Any, steps: int, guidance: float, prompts: int) -> Any:
     """Videos of the first prompts from a fixed noise, `[prompt, frames, height, width, 3]`."""
-    chosen = PROMPTS[:prompts]
-    label = jnp.array([MOTIONS.index(motion) for motion, _ in chosen])
-    caption = None
-    if model.config.caption_dim:
-        caption = jnp.eye(len(PHOTOS))[jnp.array([PHOTOS.index(photo) for _, photo in chosen])]
-    key = jax.random.key(2)
+    key, (label, caption) = jax.random.key(2), conditions(model, prompts)
     return np.asarray(
         sample(model, key, label, caption, steps=steps, guidance=guidance, attention=method)
     )
+
+
+def conditions(model: VideoDiT, prompts: int) -> tuple[Any, Any]:
+    """Labels and captions of the first prompts; no captions for a model that takes none."""
+    chosen = PROMPTS[:prompts]
+    label = jnp.array([MOTIONS.index(motion) for motion, _ in chosen])
+    if not model.config.caption_dim:
+        return label, None
+    return label, jnp.eye(len(PHOTOS))[jnp.array([PHOTOS.index(photo) for _, photo in chosen])]
