@@ -49,3 +49,25 @@ def guided(query, key, value, chosen, *, grid, block, recompute_frames=0, **sett
         dense = oracle.dense(query, key, value, scale=settings.get("scale"))
         found = oracle.with_dense_rows(found, dense, rows)
     return found._replace(entropies=part.entropies)
+
+
+def curvature(query, key, *, grid, block):
+    """Mass times curvature after one iteration, [z, h, m, m]; pair by pair, as its docstring says.
+
+    With one iteration the mean query of block k at position j is the query there.
+    """
+    place = blocks_of(grid, block)
+    part = oracle.monarch_placed(query, key, key, place[None], steps=1, floor=0.0)
+    query, key = oracle.float64(query, key)
+    scale, found = query.shape[-1] ** -0.5, np.zeros((*part.lse.shape[::2], *[len(place)] * 2))
+    for z, h, l, k in np.ndindex(found.shape):
+        keys = key[z, place[k], h]
+        for j, row in enumerate(place[l]):
+            weight = part.matrix[z, h, row, place[k]]
+            share = weight / weight.sum()
+            mean = share @ keys
+            spread = (keys**2).sum(-1).mean() - mean @ mean
+            far = query[z, row, h] - query[z, place[k, j], h]
+            second = 0.5 * scale**2 * (far @ far) * max(spread, 0) / len(mean)
+            found[z, h, l, k] += weight.sum() * second
+    return found

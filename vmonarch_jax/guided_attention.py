@@ -101,7 +101,7 @@ def _exact_part(
 ) -> Part:
     """Exact attention of every query block on its key blocks, through the block-sparse kernel."""
     groups, m, b, _ = q.shape
-    block = _kernel_block(b)
+    block = kernel_block(b)
     parts = b // block
     # Key block k is `parts` neighbouring ones of the kernel's, and each of the query block's own
     # attends to all of them.
@@ -117,7 +117,7 @@ def _exact_part(
     return Part(out.reshape(groups, m, b, -1), lse.reshape(groups, m, b))
 
 
-def _kernel_block(b: int) -> int:
+def kernel_block(b: int) -> int:
     """The largest divisor of b up to `KERNEL_BLOCK`, a multiple of 8 (as TPUs want) if any is."""
     divisors = [n for n in range(1, min(b, KERNEL_BLOCK) + 1) if b % n == 0]
     block = max(divisors, key=lambda n: (n % 8 == 0, n))

@@ -1,0 +1,352 @@
+"""Guided attention against its float64 oracle: gaps, choices, certificate, memory between steps."""
+
+import chex
+import guided_oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from compiling import jit
+from tolerances import assert_close
+
+import vmonarch_jax as vm
+from vmonarch_jax.guided_attention import attend_chosen, kernel_block
+
+GRID = (4, 3, 2)
+SIZES = {"batch": 2, "heads": 2, "head_dim": 4}
+METHODS = {
+    "frames": vm.VMonarch(),
+    "tubes": vm.VMonarch(block=(4, 1, 1), recompute_frames=0, scale=0.7),
+    "tubes, one frame exact": vm.VMonarch(block=(4, 1, 1), recompute_frames=(2,)),
+    "boxes": vm.VMonarch(steps=3, block=(2, 3, 1), recompute_frames=0, entropy_gradient=True),
+    "rows": vm.TiledMonarch(tile=GRID),
+}
+OPTIONS: dict = {
+    "reference": {"implementation": "reference"},
+    "xla": {"implementation": "xla"},
+    "xla-chunked": {"implementation": "xla", "block_sizes": vm.BlockSizes(xla_scores=30)},
+}
+BOTH = ["frames", "tubes, one frame exact"]
+methods = pytest.mark.parametrize("method", [METHODS[name] for name in BOTH], ids=BOTH)
+TUBES = METHODS["tubes"]
+
+
+def arrays(seed=0, dtype="float32", batch=2):
+    """Peaked enough that blocks differ; bfloat16 mean queries want it flatter."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, int(np.prod(GRID)), SIZES["heads"], SIZES["head_dim"])
+    size = 1.0 if dtype == "bfloat16" else 1.7
+    return tuple(jnp.asarray(size * rng.standard_normal(shape), dtype) for _ in range(3))
+
+
+def settings_of(method):
+    """The oracle's keywords for a method value."""
+    block = vm.flops.tiling_of(method, vm.VideoGrid(*GRID)).block
+    kept = {"steps": method.steps, "floor": method.c_r_floor, "scale": method.scale}
+    return {"grid": GRID, "block": block, **kept}
+
+
+def any_choice(method, keep, batch=2, seed=3):
+    """A different choice of blocks in every row, as indices and as a map."""
+    blocks = vm.flops.tiling_of(method, vm.VideoGrid(*GRID)).sizes[1]
+    scores = np.random.default_rng(seed).random((batch, SIZES["heads"], blocks, blocks))
+    return choice_of(scores, keep)
+
+
+def choice_of(scores, keep):
+    indices = np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :keep], axis=-1)
+    chosen = np.zeros(scores.shape, bool)
+    np.put_along_axis(chosen, indices, True, axis=-1)
+    return indices, chosen
+
+
+def state_of(indices):
+    return vm.GuidedState(jnp.asarray(indices, jnp.int32), jnp.ones(len(indices), bool))
+
+
+# Every method and every implementation, not each with each: compiling is what takes the time.
+CALLS = {
+    "frames, reference": ("frames", "reference", "float32"),
+    "frames, chunked": ("frames", "xla-chunked", "float32"),
+    "frames, bfloat16": ("frames", "xla", "bfloat16"),
+    "tubes": ("tubes", "xla", "float32"),
+    "tubes, one frame exact": ("tubes, one frame exact", "xla-chunked", "float32"),
+    "boxes": ("boxes", "xla", "float32"),
+    "rows": ("rows", "reference", "float32"),
+    "rows, bfloat16": ("rows", "reference", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("method", "options", "dtype"), CALLS.values(), ids=CALLS.keys())
+def test_chosen_blocks_are_exact_and_the_rest_is_monarch(method, options, dtype):
+    method, options = METHODS[method], OPTIONS[options]
+    q, k, v = arrays(dtype=dtype)
+    indices, chosen = any_choice(method, 2)
+    guided = vm.Guided(method, exact_blocks=2, every=5)
+    known = state_of(indices)  # outside of `jit`, so that no refresh is compiled
+
+    @jit
+    def call(q, k, v):
+        return guided(q, k, v, grid=GRID, state=known, step=1, return_lse=True, **options)
+
+    (out, lse), state = call(q, k, v)
+    rows = method.recompute_frames
+    expected = guided_oracle.guided(q, k, v, chosen, recompute_frames=rows, **settings_of(method))
+    assert_close(out, expected.out, dtype, "forward")
+    assert_close(lse, expected.lse, dtype, "lse")
+    chex.assert_trees_all_equal(state, state_of(indices))
+
+
+@methods
+def test_a_refresh_is_dense_and_finds_the_largest_gaps(method):
+    with jax.enable_x64(True):
+        q, k, v = arrays(dtype="float64")
+        expected = guided_oracle.gap(q, k, v, **settings_of(method))
+        dense = oracle.dense(q, k, v, scale=method.scale)
+        guided = vm.Guided(method, exact_blocks=2, every=5)
+        state = vm.init_state(guided, GRID, **SIZES)
+
+        @jit
+        def refresh(*arrays):
+            return guided(*arrays, grid=GRID, state=state, step=0, return_lse=True)
+
+        (out, lse), state = refresh(q, k, v)
+        assert out.dtype == jnp.float64
+        np.testing.assert_allclose(out, dense.out, atol=1e-12)
+        np.testing.assert_allclose(lse, dense.lse, atol=1e-12)
+        np.testing.assert_array_equal(state.indices, choice_of(expected, 2)[0])
+        assert state.filled.all()
+
+
+@methods
+def test_certificate_and_what_the_gaps_sum_to(method):
+    """KL = lse_dense - lse, and each gap is what an exact block takes from `1 - exp(-KL)`."""
+    indices, chosen = any_choice(method, 2)
+    with jax.enable_x64(True):
+        q, k, v = arrays(dtype="float64")
+        guided, state = vm.Guided(method, exact_blocks=2, every=5), state_of(indices)
+
+        @jit
+        def lse_of(*arrays):
+            return guided(*arrays, grid=GRID, state=state, step=1, return_lse=True)[0].lse
+
+        lse = np.asarray(lse_of(q, k, v))
+        q, k, v = (np.asarray(x) for x in (q, k, v))
+    kept = settings_of(method)
+    rows = method.recompute_frames
+    expected = guided_oracle.guided(q, k, v, chosen, recompute_frames=rows, **kept)
+    dense = oracle.dense(q, k, v, scale=method.scale)
+    kl = oracle.kl(expected.matrix, dense.matrix)
+    assert kl.min() > -1e-12
+    np.testing.assert_allclose(dense.lse - lse, kl, atol=1e-10)
+
+    gap = guided_oracle.gap(q, k, v, **kept)
+    assert gap.min() > -1e-12
+    bare = guided_oracle.guided(q, k, v, chosen, **kept)
+    missed = 1 - np.exp(bare.lse - dense.lse)
+    place = guided_oracle.blocks_of(GRID, kept["block"])
+    left = np.where(chosen, 0, gap).sum(-1)  # [z, h, l]
+    np.testing.assert_allclose(np.moveaxis(missed, 2, 1)[:, :, place].sum(-1), left, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("frames", "reference"), ("frames", "xla-chunked"), ("boxes", "xla")]
+)
+def test_gradients_flow_through_both_parts(method, options):
+    method, options = METHODS[method], OPTIONS[options]
+    q, k, v = arrays(batch=1)
+    indices, chosen = any_choice(method, 2, batch=1)
+    guided = vm.Guided(method, exact_blocks=2, every=5)
+    rng = np.random.default_rng(7)
+    bars = rng.standard_normal(v.shape), rng.standard_normal(v.shape[:3])
+
+    def objective(q, k, v):
+        state = state_of(indices)
+        (out, lse), _ = guided(q, k, v, grid=GRID, state=state, step=1, return_lse=True, **options)
+        return jnp.vdot(out, bars[0]) + jnp.vdot(lse, bars[1])
+
+    def exactly(q, k, v, entropies=None):
+        copies = np.broadcast_to(chosen, (len(q), *chosen.shape[1:]))
+        kept = settings_of(method) | {"recompute_frames": method.recompute_frames}
+        return guided_oracle.guided(q, k, v, copies, entropies=entropies, **kept)
+
+    found = jit(jax.grad(objective, argnums=(0, 1, 2)))(q, k, v)
+    flows = method.entropy_gradient
+    expected = oracle.monarch_gradients(exactly, (q, k, v), bars, entropy_gradient=flows)
+    for name, got, want in zip("qkv", found, expected, strict=True):
+        assert_close(got, want, "float32", "gradient", name)
+
+
+@pytest.mark.parametrize(("method", "options"), [("frames", "xla-chunked"), ("rows", "reference")])
+def test_every_block_exact_is_dense(method, options):
+    """The Monarch part has no block left: lse -inf, and no NaN in any gradient."""
+    method, options = METHODS[method], OPTIONS[options]
+    q, k, v = arrays()
+    blocks = vm.flops.tiling_of(method, vm.VideoGrid(*GRID)).sizes[1]
+    guided = vm.Guided(method, exact_blocks=blocks)
+
+    def total(attention):
+        def run(q, k, v):
+            out, lse = attention(q, k, v)
+            return jnp.sum(out * out) + jnp.sum(lse), out
+
+        return jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    found = total(lambda *x: guided(*x, grid=GRID, return_lse=True, **options))
+    dense = total(lambda *x: vm.Dense(method.scale)(*x, return_lse=True, **options))
+    assert_close(found[0][1], dense[0][1], "float32", "forward")
+    for got, want in zip(found[1], dense[1], strict=True):
+        assert_close(got, want, "float32", "gradient")
+
+
+@pytest.mark.parametrize("options", ["reference", "xla-chunked"])
+def test_without_a_schedule_the_choice_is_by_mass_times_curvature(options):
+    options = OPTIONS[options]
+    q, k, v = arrays()
+    method = vm.VMonarch(steps=1, block=(4, 1, 1), recompute_frames=0)
+    scores = guided_oracle.curvature(q, k, grid=GRID, block=method.block)
+    _, chosen = choice_of(scores, 2)
+    guided = vm.Guided(method, exact_blocks=2)
+    assert vm.init_state(guided, GRID, **SIZES) is None
+    cut = guided.tiling(vm.VideoGrid(*GRID))
+    indices = jnp.asarray(choice_of(scores, 2)[0])
+
+    def guessed(q):
+        out = guided(q, k, v, grid=GRID, **options)
+        return out.sum(), out
+
+    def fixed(q):
+        return attend_chosen(method, 2, q, k, v, cut, indices, **options).out.sum()
+
+    (_, out), gradient = jit(jax.value_and_grad(guessed, has_aux=True))(q)
+    expected = guided_oracle.guided(q, k, v, chosen, **settings_of(method))
+    assert_close(out, expected.out, "float32", "forward")
+    # A guess has no gradient, so the same blocks as constants give the same one.
+    chex.assert_trees_all_close(gradient, jit(jax.grad(fixed))(q), atol=1e-5)
+
+
+def test_choices_last_until_the_next_refresh():
+    """Traced steps in a scan, static steps, and the choices followed by hand are the same."""
+    guided = vm.Guided(TUBES, exact_blocks=1, refresh_steps=(3,))
+    ends = [arrays(seed) for seed in (0, 1)]
+    stacked = [jnp.stack([a + n / 4 * (b - a) for n in range(5)]) for a, b in zip(*ends)]  # noqa: B905
+    fresh = vm.init_state(guided, GRID, **SIZES)
+
+    def step(state, now):
+        number, q, k, v = now
+        out, state = vm.attend(guided, q, k, v, grid=GRID, state=state, step=number)
+        return state, out
+
+    last, outs = jit(lambda *x: jax.lax.scan(step, fresh, x))(jnp.arange(5), *stacked)
+    known = {}
+    for number in range(5):
+        q, k, v = (x[number] for x in stacked)
+        if number in (0, 3):
+            expected = oracle.dense(q, k, v, scale=TUBES.scale)
+            indices, chosen = choice_of(
+                guided_oracle.gap(q, k, v, **settings_of(TUBES)), guided.exact_blocks
+            )
+        else:
+            expected = guided_oracle.guided(q, k, v, chosen, **settings_of(TUBES))
+        assert_close(outs[number], expected.out, "float32", "forward", f"step {number}")
+        known[number] = state_of(indices)
+    chex.assert_trees_all_equal(last, known[4])
+    chex.assert_trees_all_equal_shapes_and_dtypes(last, fresh)
+    assert all(leaf.shape[0] == SIZES["batch"] for leaf in jax.tree.leaves(last))
+
+    # Static steps: one that is scheduled, one that is not, and one that is, by need.
+    for number, before in ((3, known[0]), (1, known[0]), (4, fresh)):
+        q, k, v = (x[number] for x in stacked)
+
+        @jit
+        def call(q, k, v, number=number, before=before):
+            return guided(q, k, v, grid=GRID, state=before, step=number)
+
+        out, state = call(q, k, v)
+        if number == 4:
+            expected = oracle.dense(q, k, v, scale=TUBES.scale).out
+            assert_close(out, expected, "float32", "forward", "not filled yet")
+        else:
+            assert_close(out, outs[number], "float32", "forward", f"step {number}")
+            chex.assert_trees_all_equal(state, known[number])
+
+
+def test_large_blocks_are_cut_for_the_kernel():
+    assert [kernel_block(b) for b in (16, 120, 128, 1560, 3520)] == [16, 120, 128, 120, 88]
+    assert [kernel_block(b) for b in (7, 250, 1009)] == [7, 125, 1009]
+    grid, method = (2, 10, 25), vm.VMonarch(recompute_frames=0)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 500, 1, 4)), jnp.float32) for _ in range(3))
+    chosen = np.eye(2, dtype=bool)[::-1][None, None]
+    guided = vm.Guided(method, every=2)
+    state = state_of([[[[1], [0]]]])
+    out, _ = jit(lambda q: guided(q, k, v, grid=grid, state=state, step=1))(q)
+    kept = {"steps": 2, "floor": 0.1, "grid": grid, "block": (1, 10, 25)}
+    assert_close(out, guided_oracle.guided(q, k, v, chosen, **kept).out, "float32", "forward")
+
+
+def test_flops_count_every_product():
+    """On a grid of 4 frames of 6 tokens, one head of d = 4 and e = 3, counted by hand."""
+    sizes = {"heads": 1, "head_dim": 4, "value_dim": 3}
+
+    def count(**settings):
+        step = settings.pop("step", None)
+        guided = vm.Guided(vm.VMonarch(recompute_frames=0), **settings)
+        return vm.flops.attention(guided, GRID, step=step, **sizes)
+
+    plain = vm.flops.attention(vm.VMonarch(recompute_frames=0), GRID, **sizes)
+    exact = 2 * 4 * (6 * 6) * 7  # each of 4 query blocks: scores and averages with one key block
+    assert count(every=2) == count(every=2, step=1) == plain + exact
+    assert count(every=2, exact_blocks=3) == plain + 3 * exact
+    assert count() == plain + exact + 2 * 6 * 4 * 4 * 4  # distances of 6 positions of 4 x 4 pairs
+    factors = 2 * (2 * (2 * 4 * 36 * 4)) + 2 * 2 * 96 * 4 + 2 * 96 * 4
+    refresh = 2 * 24 * 24 * 7 + 2 * 24 * 24 * 4 + factors
+    assert count(every=2, step=0) == count(every=2, step=4) == refresh
+    first = vm.Guided(vm.VMonarch(), every=2)  # the first frame is dense: three query blocks
+    plain = vm.flops.attention(vm.VMonarch(), GRID, **sizes)
+    assert vm.flops.attention(first, GRID, **sizes) == plain + exact * 3 // 4
+
+
+def test_explain_says_what_is_exact_and_when():
+    report = str(vm.explain(vm.Guided(TUBES, 2, every=7), GRID, heads=2, head_dim=4))
+    assert "exact on 2 of 6 key blocks of 4 tokens" in report
+    assert "every 7 steps" in report
+    assert "curvature" in str(vm.explain(vm.Guided(TUBES, 2), GRID, heads=2, head_dim=4))
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (lambda: vm.Guided(vm.Dense()), ["`method`", "Dense"]),
+        (lambda: vm.Guided(exact_blocks=0), ["`exact_blocks`", "0"]),
+        (lambda: vm.Guided(every=0), ["`every`", "0"]),
+        (lambda: vm.Guided(refresh_steps=(1,), every=2), ["both"]),
+        (lambda: vm.Guided(refresh_steps=(-1,)), ["`refresh_steps`", "-1"]),
+        (lambda: vm.Guided(vm.TiledMonarch()), ["one tile", "4"]),
+        (lambda: vm.Guided(vm.VMonarch(block=(3, 3, 2))), ["divide", "(3, 3, 2)"]),
+        (lambda: vm.Guided(exact_blocks=5), ["`exact_blocks`", "4 blocks", "5"]),
+    ],
+)
+def test_mistakes_in_the_method(method, words):
+    q, k, v = arrays()
+    with pytest.raises(ValueError) as caught:
+        method()(q, k, v, grid=GRID)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_mistakes_in_state_and_step():
+    q, k, v = arrays()
+    guided = vm.Guided(TUBES, every=3)
+    state = vm.init_state(guided, GRID, **SIZES)
+    other = vm.init_state(vm.Guided(TUBES, 2, every=3), GRID, **SIZES)
+    for wrong, step, words in (
+        (state, None, ["`step`"]),
+        (state, -1, ["`step`", "-1"]),
+        (state, jnp.ones(2, jnp.int32), ["scalar", "(2,)"]),
+        (other, 0, ["`state.indices`", "(2, 2, 6, 1)", "(2, 2, 6, 2)"]),
+        ((1, 2), 0, ["GuidedState", "tuple"]),
+    ):
+        with pytest.raises(ValueError) as caught:
+            guided(q, k, v, grid=GRID, state=wrong, step=step)
+        assert all(word in str(caught.value) for word in words), caught.value
