@@ -119,8 +119,8 @@ def load_model(
       folder: what `export_params` wrote.
       attention: the method, or one a layer.
       **overrides: fields of the configuration that leave the parameters alone: `dtype`,
-        `scan_layers`, `remat`; and `linear_layers`, where layers without a linear branch get a new
-        one, which changes nothing before it is trained.
+        `scan_layers`, `remat`; and `linear_layers`, layers that get a linear branch unless they
+        have one, which changes nothing before it is trained.
 
     Raises:
       ValueError: as `load_params`, and for an override that would change a parameter's shape.
