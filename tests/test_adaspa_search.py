@@ -123,7 +123,7 @@ def test_explain():
     said = str(vm.explain(vm.AdaSpa(), (21, 30, 52), implementation="xla"))
     assert "keep 102 of 512 video blocks" in said
     assert "keep 51, as many others 153" in said
-    assert "steps before 10 are dense, step 10 is dense and searches; steps 30 search" in said
+    assert "steps before 10 are dense, step 10 is dense and searches; it searches again" in said
     assert "MiB a layer" in said
     method = dataclasses.replace(METHODS["text before"], head_adaptive=False)
     said = str(vm.explain(method, GRID, heads=2, head_dim=8, implementation="xla"))

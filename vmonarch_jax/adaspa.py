@@ -41,7 +41,8 @@ class AdaSpa:
     kept mass exceeds `recall`, at most half of the heads, the n best have the sparsity
     `(1 + s) / 2`, the n worst `(3 s - 1) / 2` and the rest `s`: the mean stays s. Budgets are whole
     blocks, spread evenly to both sides; below s = 1/3 the spread shrinks so that the worst heads
-    just keep all. Each entry of a batch has its own tiers. No gradient flows through the choice.
+    just keep all. Each entry of a batch has its own tiers (and so has, under `shard_map`, each shard
+    of the heads). No gradient flows through the choice.
 
     Where the sequence holds text too, the blocks with text are kept in every row on top of the
     budget, and their own rows are dense. A block that straddles video and text counts as text.
@@ -68,9 +69,10 @@ class AdaSpa:
         >>> state = vm.init_state(method, grid, batch=1, heads=12, head_dim=128)
         >>> out, state = method(query, key, value, grid=grid, state=state, step=0)
 
-    Reference: AdaSpa (arXiv 2502.21079), sections 4 and 5. Its pseudo-code takes a logarithm where
-    the exponential is meant. Recall is the kept share of the mass, which is the paper's mass per
-    row while the log-sum-exp is fresh, and stays below 1 when it is not.
+    Reference: AdaSpa (arXiv 2502.21079), its fused LSE-cached search and head-adaptive hierarchical
+    block-sparse attention. Its pseudo-code takes a logarithm where the exponential is meant. Recall
+    is the kept share of the mass, which is the paper's mass per row while the log-sum-exp is fresh,
+    and stays below 1 when it is not.
     """
 
     sparsity: float = 0.8
@@ -227,8 +229,8 @@ class AdaSpa:
         first, *later = self.searches
         line = f"steps before {first} are dense, step {first} is dense and searches"
         if later:
-            how = "with the kept log-sum-exp" if self.lse_cache else "and are dense"
-            line += f"; steps {', '.join(map(str, later))} search again {how}"
+            how = "with the kept log-sum-exp" if self.lse_cache else "with a dense pass"
+            line += f"; it searches again {how} at {', '.join(map(str, later))}"
         return [*said, line, "without a state every call searches, at the cost of a dense pass"]
 
     @property
