@@ -14,7 +14,7 @@ from .grid import Shape3, VideoGrid
 from .memory import Step
 from .methods import Dense, VMonarch
 
-DTYPES = ("bfloat16", "float8")
+DTYPES = {"bfloat16": jnp.bfloat16, "float8": jnp.float8_e4m3fn}
 
 # Largest finite float8_e4m3fn: a row is scaled so that its largest entry is this.
 FLOAT8_MOST = 448.0
@@ -93,7 +93,7 @@ class Corrected:
         object.__setattr__(self, "refresh_steps", steps)
         object.__setattr__(self, "every", every)
         if self.dtype not in DTYPES:
-            raise ValueError(f"`dtype` must be one of {DTYPES}, got {self.dtype!r}")
+            raise ValueError(f"`dtype` must be one of {tuple(DTYPES)}, got {self.dtype!r}")
 
     @property
     def scale(self) -> float | None:
@@ -166,9 +166,13 @@ class Corrected:
         grid = VideoGrid.of(grid)
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "value_dim": value_dim}
-        zeros = jnp.zeros((batch, heads, grid.tokens, value_dim))
-        empty = self._state(zeros, memory.init_state(self.method, grid, **sizes, dtype=dtype))
-        return empty._replace(filled=jnp.zeros(batch, bool))
+        rows, narrow = (batch, heads, grid.tokens), self.dtype == "float8"
+        return CorrectedState(
+            residual=jnp.zeros((*rows, value_dim), DTYPES[self.dtype]),
+            scale=jnp.zeros(rows, jnp.float32) if narrow else None,
+            filled=jnp.zeros(batch, bool),
+            inner=memory.init_state(self.method, grid, **sizes, dtype=dtype),
+        )
 
     def matmul_flops(
         self, grid: Any, *, heads: int, head_dim: int, value_dim: int, step: int | None = None
@@ -205,10 +209,10 @@ class Corrected:
         residual = jax.lax.stop_gradient(residual)
         filled = jnp.ones(residual.shape[0], bool)
         if self.dtype == "bfloat16":
-            return CorrectedState(residual.astype(jnp.bfloat16), None, filled, inner)
+            return CorrectedState(residual.astype(DTYPES[self.dtype]), None, filled, inner)
         scale = jnp.abs(residual).max(-1) / FLOAT8_MOST
         scaled = residual / jnp.where(scale > 0, scale, 1)[..., None]
-        return CorrectedState(scaled.astype(jnp.float8_e4m3fn), scale, filled, inner)
+        return CorrectedState(scaled.astype(DTYPES[self.dtype]), scale, filled, inner)
 
     @staticmethod
     def _residual(state: CorrectedState) -> Float[Array, "batch heads seq value_dim"]:
