@@ -53,20 +53,20 @@ def phase_of(
         ValueError: if `step` is no integer of at least 0.
     """
     # Entries of a batch have gone the same way: one that is empty means that all are.
-    filled = filled.all()
     if not isinstance(step, jax.Array):
         if is_refresh(whole("step", step), refresh_steps, every):
             return REFRESH
-        if not isinstance(filled, jax.core.Tracer):
-            return ORDINARY if bool(filled) else REFRESH
-        return jnp.where(filled, ORDINARY, REFRESH)
+        # In NumPy: inside of `jit` JAX would make a traced value even of a known one.
+        if not isinstance(filled, jax.core.Tracer) and filled.is_fully_addressable:
+            return ORDINARY if np.asarray(filled).all() else REFRESH
+        return jnp.where(filled.all(), ORDINARY, REFRESH)
     if step.ndim or not jnp.issubdtype(step.dtype, jnp.integer):
         raise ValueError(f"`step` must be an integer scalar, got {step.dtype} {step.shape}")
     if every is None:
         scheduled = jnp.isin(step, np.asarray((0, *(refresh_steps or ())), np.int32))
     else:
         scheduled = step % every == 0
-    return jnp.where(scheduled | ~filled, REFRESH, ORDINARY)
+    return jnp.where(scheduled | ~filled.all(), REFRESH, ORDINARY)
 
 
 def whole(name: str, value: Any) -> int:
