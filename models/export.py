@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -37,12 +38,17 @@ def _digest(params: Mapping[str, Array | np.ndarray]) -> str:
     return total.hexdigest()
 
 
+def _rounded(params: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value).astype(jnp.bfloat16) for name, value in params.items()}
+
+
 def export_params(
     folder: pathlib.Path,
     config: VideoDiTConfig,
     params: Mapping[str, Array],
     *,
     note: str = "",
+    base: pathlib.Path | None = None,
 ) -> None:
     """Writes parameters as bfloat16: `folder/config.json` and `folder/params/`.
 
@@ -53,19 +59,31 @@ def export_params(
       config: the model's configuration.
       params: from `split_params`, or the averaged ones of a training state.
       note: kept in the file for people to read, such as the attention it was trained under.
+      base: the exported model that it was tuned from; what tuning left as it was is not written
+        again, and the base must stay where it is, seen from `folder`.
     """
     folder = pathlib.Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    small = {name: np.asarray(value).astype(jnp.bfloat16) for name, value in params.items()}
+    small = _rounded(params)
+    own, note_of_base = small, {}
+    if base is not None:
+        known = _rounded(load_params(base)[1])
+        own = {
+            name: value
+            for name, value in small.items()
+            if name not in known or not np.array_equal(known[name], value)
+        }
+        note_of_base = {"base": os.path.relpath(pathlib.Path(base).absolute(), folder)}
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         partial.chmod(0o755)
-        write_arrays(partial / "params", small)
+        write_arrays(partial / "params", own)
         meta = {
             "format": _FORMAT,
             "config": dataclasses.asdict(config),
             "note": note,
             "sha256": _digest(small),
+            **note_of_base,
         }
         (partial / "config.json").write_text(json.dumps(meta, indent=2) + "\n")
         if folder.exists():
@@ -92,7 +110,7 @@ def load_params(folder: pathlib.Path) -> tuple[VideoDiTConfig, Params]:
         if found != _FORMAT:
             raise ValueError(f"{path}: expected format {_FORMAT!r}, got {found!r}")
         config = VideoDiTConfig(**meta["config"])
-        digest = meta["sha256"]
+        digest, base = meta["sha256"], meta.get("base")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected the configuration of an exported model, "
@@ -100,8 +118,11 @@ def load_params(folder: pathlib.Path) -> tuple[VideoDiTConfig, Params]:
         ) from error
     arrays = folder / "params"
     params = read_arrays(arrays)
-    expected = nnx.eval_shape(lambda: VideoDiT(config, rngs=nnx.Rngs(0)))
-    check_params(params, split_params(expected)[1], arrays)
+    expected = split_params(nnx.eval_shape(lambda: VideoDiT(config, rngs=nnx.Rngs(0))))[1]
+    if base is not None:
+        below = _rounded(load_params(folder / base)[1])
+        params = {name: below[name] for name in below if name in expected} | params
+    check_params(params, expected, arrays)
     if _digest(params) != digest:
         raise ValueError(f"{arrays}: expected values of SHA-256 {digest}, got {_digest(params)}")
     return config, {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import pytest
 from compiling import jit
 from flax import nnx
 from vmonarch_jax.models import VideoDiT, VideoDiTConfig, load_model, load_params, split_params
+from vmonarch_jax.models.arrays import read_arrays
 from vmonarch_jax.models.cli import main
 from vmonarch_jax.models.export import export_params
 from vmonarch_jax.models.lora import init_adapters, merge_adapters
@@ -190,6 +192,28 @@ def test_exports_with_and_without_branches(plain, tmp_path):
     chex.assert_trees_all_equal(found, params)
     assert load_model(tmp_path / "salad", linear_layers=(0,)).config.linear_layers == (0, 1)
     assert load_model(tmp_path / "salad").config.linear_layers == (1,)
+
+
+def test_exports_beside_their_base(plain, tmp_path):
+    export_params(tmp_path / "plain", CONFIG, plain)
+    config, params = add_branches(*load_params(tmp_path / "plain"), [1])
+    params["blocks.0.attention.qkv.kernel"] += 1
+    export_params(tmp_path / "whole", config, params)
+    folder = tmp_path / "deep" / "salad"
+    export_params(folder, config, params, base=tmp_path / "plain")
+    chex.assert_trees_all_equal(load_params(folder), load_params(tmp_path / "whole"))
+    stored = read_arrays(folder / "params")
+    assert set(stored) == {
+        "blocks.0.attention.qkv.kernel",
+        *(f"blocks.1.attention.{x}" for x in ("linear_out.kernel", "gate.kernel", "gate.bias")),
+    }
+    changed = dict(plain) | {"label.embedding": plain["label.embedding"] + 1}
+    export_params(tmp_path / "plain", CONFIG, changed)
+    with pytest.raises(ValueError, match="expected values of SHA-256"):
+        load_params(folder)
+    shutil.rmtree(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"plain/config\.json: expected the configuration"):
+        load_params(folder)
 
 
 @pytest.mark.slow
