@@ -135,7 +135,7 @@ def _queries_kernel(plan: Plan, scale, kept, q, dout, lines, k, v, dq, columns, 
         for unit, more_ in zip(here, more, strict=True):
             sums[unit.target(plan)] += more_
 
-    walk.for_units(plan, kept, units)
+    walk.in_turns(plan, kept, units)
     dq[...] = (scale * sums[: plan.tokens]).astype(dq.dtype)
 
 
@@ -207,7 +207,7 @@ def _keys_kernel(plan, length, kept, k, v, lse, delta, q, dout, dk, dv, dk_sums,
             dk_sums[unit.target(plan)] += of_k
             dv_sums[unit.target(plan)] += of_v
 
-    walk.for_units(plan, kept, units)
+    walk.in_turns(plan, kept, units)
     left = length - pl.program_id(1) * plan.tokens
     real = jax.lax.broadcasted_iota(jnp.int32, (plan.tokens, 1), 0) < left
     # The queries came scaled by scale * log2 e, and dk wants them scaled by scale.

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 
 from ..attend.tpu_forward import LARGEST, LN2, LOG2E, LOWEST, SMALLEST
 from ..block_sizes import BlockSizes
-from ..numerics import MASKED
 from ..tpu.call import launch, slow_path_wanted
 from . import walk
 from .walk import LANES, Plan, Unit, dot
@@ -97,7 +96,7 @@ def _of_part(
             pltpu.VMEM((plan.tokens, d), q.dtype),
             pltpu.VMEM((room, e), jnp.float32),
             pltpu.VMEM((room, LANES), jnp.float32),
-            pltpu.VMEM((plan.tokens, 1), jnp.float32),
+            pltpu.VMEM((room, LANES), jnp.float32),
         ],
         semantics=("parallel", "arbitrary"),
         flops=2 * pairs * (d + e),
@@ -116,48 +115,50 @@ def _kernel(plan, scale, kept, q, k, v, out, lse, scaled, sums, totals, tops) ->
     sums[...] = jnp.zeros(sums.shape, jnp.float32)
     totals[...] = jnp.zeros(totals.shape, jnp.float32)
 
-    def units(here: list[Unit]) -> None:
-        # A stage of all units before the next stage of any: they hide each other's latency.
+    def turn(here: list[Unit]) -> None:
+        # A stage of all units before the next stage of any: they hide each other's latency. Stores
+        # come last, since a load from a place that is not known would wait for them.
         x = [_scores(plan, unit, scaled, k) for unit in here]
         weights = [jnp.exp2(x).astype(v.dtype) for x in x]
         more = [dot(p, unit.gather(plan, v), 1, 0) for unit, p in zip(here, weights, strict=True)]
         for unit, p, sum_ in zip(here, weights, more, strict=True):
-            at = unit.target(plan)
-            sums[at] += sum_
-            totals[at] += _by_lane(p)
+            sums[unit.target(plan)] += sum_
+            totals[unit.target(plan)] += _by_lane(p)
 
-    walk.for_units(plan, kept, units)
-    total = _finish(plan, kept, sums, totals, None, out, lse)
+    walk.in_turns(plan, kept, turn)
+    sound = _finish(plan, kept, sums, totals, None, out, lse)
     if not slow_path_wanted():
         return
 
-    # NaN fails too: it is not <= anything.
-    @pl.when(jnp.logical_not(jnp.all((total <= LARGEST) & (total >= SMALLEST))))
+    @pl.when(jnp.logical_not(sound))
     def _():
-        def again(row: Any, _: Any) -> Any:
-            _careful(plan, kept, row, scaled, k, v, sums, totals, tops)
+        sums[...] = jnp.zeros(sums.shape, jnp.float32)
+        totals[...] = jnp.zeros(totals.shape, jnp.float32)
+        tops[...] = jnp.full(tops.shape, LOWEST)
+
+        def one(number: Any, _: Any) -> Any:
+            _careful(plan, walk.unit(plan, kept, number), scaled, k, v, sums, totals, tops)
             return 0
 
-        jax.lax.fori_loop(0, plan.rows, again, 0)
+        jax.lax.fori_loop(0, walk.turns_of(kept) * plan.units, one, 0)
         _finish(plan, kept, sums, totals, tops, out, lse)
 
 
 def _finish(plan: Plan, kept, sums, totals, tops, out, lse) -> Array:
-    """Writes the outputs and log-sum-exps; returns the totals, 1 for a row without keys."""
-    total = jnp.sum(totals[: plan.tokens], axis=-1, keepdims=True)  # [rows, 1]
-    if tops is None:
-        some = [
-            jnp.full((plan.block, 1), walk.count_of(kept, row) > 0, jnp.float32)
-            for row in range(plan.rows)
-        ]
-        empty, top = jnp.concatenate(some) == 0, 0.0
-    else:
-        # A maximum may pass over NaN, a sum does not.
-        empty, top = (tops[...] <= MASKED / 2) & (total <= LARGEST), tops[...]
-    total = jnp.where(empty, 1.0, total)
-    out[...] = jnp.where(empty, 0.0, sums[: plan.tokens] * (1 / total)).astype(out.dtype)
-    lse[0] = jnp.where(empty, -jnp.inf, top * LN2 + jnp.log(total))[:, 0]
-    return total
+    """Writes the outputs and log-sum-exps; whether a shift of `tops` (none: 0) was right."""
+    here = totals[: plan.tokens]  # [rows, LANES]
+    total = jnp.sum(here, axis=-1, keepdims=True)
+    out[...] = (sums[: plan.tokens] / jnp.where(total == 0, 1.0, total)).astype(out.dtype)
+    # As a line, the other way round, the rest is a few vectors.
+    total = jnp.sum(jnp.transpose(here), axis=0, keepdims=True)  # [1, rows]
+    row = jax.lax.broadcasted_iota(jnp.int32, (1, plan.tokens), 1)
+    some = jnp.zeros((1, plan.tokens), jnp.int32)
+    for i in range(plan.rows):
+        some = jnp.where(row >= i * plan.block, walk.tokens_of(plan, kept, i), some)
+    top = 0.0 if tops is None else LN2 * jnp.transpose(tops[: plan.tokens])[:1]
+    lse[...] = jnp.where(some > 0, top + jnp.log(total), -jnp.inf)
+    # NaN fails: it is not <= anything.
+    return jnp.all((some == 0) | ((total <= LARGEST) & (total >= SMALLEST)))
 
 
 def _scores(plan: Plan, unit: Unit, scaled: Any, k: Any) -> Array:
@@ -174,21 +175,13 @@ def _by_lane(p: Array) -> Array:
     return sum(wide[:, i : i + LANES] for i in range(0, p.shape[1], LANES))  # pyright: ignore
 
 
-def _careful(plan: Plan, kept, row: Any, scaled, k, v, sums, totals, tops) -> None:
-    """The walk of one query block with the running maximum of each of its rows."""
-    turns = jax.lax.div(walk.count_of(kept, row) + plan.width - 1, jnp.int32(plan.width))
-
-    def turn(i: Any, carry: Any) -> Any:
-        top, total, sum_ = carry
-        unit = walk.unit(plan, kept, row, i * plan.width)
-        x = _scores(plan, unit, scaled, k)
-        new = jnp.maximum(top, jnp.max(x, axis=-1, keepdims=True))
-        fade = jnp.exp2(top - new)
-        p = jnp.exp2(x - new).astype(v.dtype)
-        return new, total * fade + _by_lane(p), sum_ * fade + dot(p, unit.gather(plan, v), 1, 0)
-
-    start = [
-        jnp.full((plan.block, w), x) for w, x in ((1, LOWEST), (LANES, 0.0), (v.shape[1], 0.0))
-    ]
-    at = pl.ds(pl.multiple_of(row * plan.block, plan.block), plan.block)
-    tops[at], totals[at], sums[at] = jax.lax.fori_loop(0, turns, turn, tuple(start))
+def _careful(plan: Plan, unit: Unit, scaled, k, v, sums, totals, tops) -> None:
+    """Adds a unit with the running maximum of each of its rows."""
+    at = unit.target(plan)
+    x = _scores(plan, unit, scaled, k)
+    top = jnp.maximum(tops[at, :1], jnp.max(x, axis=-1, keepdims=True))
+    fade = jnp.exp2(tops[at, :1] - top)
+    p = jnp.exp2(x - top).astype(v.dtype)
+    totals[at] = totals[at] * fade + _by_lane(p)
+    sums[at] = sums[at] * fade + dot(p, unit.gather(plan, v), 1, 0)
+    tops[at] = jnp.broadcast_to(top, (plan.block, LANES))

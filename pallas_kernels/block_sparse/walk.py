@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..block_sizes import BlockSizes
 from ..numerics import MASKED, precision
@@ -68,6 +68,12 @@ class Plan:
         return self.rows * self.block
 
     @property
+    def most_units(self) -> int:
+        """Units that there is room for, those included that a last turn has too many."""
+        units = max(1, self.rows * (self.budget // self.width))
+        return -(-units // self.units) * self.units
+
+    @property
     def lanes(self) -> int:
         """Tokens of a unit's kept blocks."""
         return self.width * self.block
@@ -78,13 +84,13 @@ class Unit(NamedTuple):
 
     Args:
         row: the row block, counted in the grid step; `plan.rows` for a unit that is for nothing.
-        blocks: the kept blocks.
-        ends: how many tokens of each are real.
+        starts: the first token of each kept block.
+        left: real tokens from the first of these blocks on; the blocks after them are padding.
     """
 
     row: Any
-    blocks: list[Any]
-    ends: list[Any]
+    starts: list[Any]
+    left: Any
 
     def target(self, plan: Plan) -> Any:
         """The rows that results are added to, in a buffer with one block more than the step."""
@@ -97,51 +103,31 @@ class Unit(NamedTuple):
 
     def gather(self, plan: Plan, ref: Any) -> Array:
         """The kept blocks one below the other: `[lanes, dim]`."""
-        starts = [pl.multiple_of(i * plan.block, plan.block) for i in self.blocks]
+        starts = [pl.multiple_of(start, plan.block) for start in self.starts]
         return jnp.concatenate([ref[pl.ds(start, plan.block)] for start in starts])
 
-    def bias(self, plan: Plan) -> Array:
-        """0 for each real token of the kept blocks, very low for the others: `[1, lanes]`."""
-        real = self._real(plan)
-        return jnp.concatenate([jnp.where(x, 0.0, MASKED) for x in real], axis=1)
+    def real(self, plan: Plan) -> Bool[Array, "1 lanes"]:
+        """Which tokens are real."""
+        return jax.lax.broadcasted_iota(jnp.int32, (1, plan.lanes), 1) < self.left
 
-    def line(self, plan: Plan, ref: Any, other: float) -> Array:
+    def bias(self, plan: Plan) -> Float[Array, "1 lanes"]:
+        """0 for each real token, very low for the others."""
+        return jnp.where(self.real(plan), 0.0, MASKED)
+
+    def line(self, plan: Plan, ref: Any, other: float) -> Float[Array, "1 lanes"]:
         """The kept blocks of a vector laid out by `lines`, `other` for what is not real."""
+        rows = [jax.lax.div(start, jnp.int32(plan.block)) for start in self.starts]
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         pieces = []
-        for number, real in enumerate(self._real(plan)):
-            rows = [pl.ds(self.blocks[j], 1) for j in _blocks_of(plan, number)]
-            at = number * LANES % plan.block
-            values = [ref[row, at : at + LANES] for row in rows]
-            pieces.append(jnp.where(real, _by_block(plan, values), other))
-        return jnp.concatenate(pieces, axis=1)
-
-    def _real(self, plan: Plan) -> list[Array]:
-        """Which tokens are real, a vector of lanes at a time."""
-        found = []
-        for number in range(plan.lanes // LANES):
-            first = number * LANES
-            # The lane where the real tokens of the block that a lane is in come to an end.
-            ends = [j * plan.block - first + self.ends[j] for j in _blocks_of(plan, number)]
-            found.append(_lane() < _by_block(plan, ends))
-        return found
-
-
-def _lane() -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-
-
-def _blocks_of(plan: Plan, number: int) -> range:
-    """The blocks of a unit that lie in a vector of lanes."""
-    first = number * LANES
-    return range(first // plan.block, -(-(first + LANES) // plan.block))
-
-
-def _by_block(plan: Plan, values: list[Any]) -> Any:
-    """For each lane of a vector the value of the block that it is in."""
-    found = values[0]
-    for j, value in enumerate(values[1:], 1):
-        found = jnp.where(_lane() >= j * plan.block, value, found)
-    return found
+        for first in range(0, plan.lanes, LANES):
+            here = rows[first // plan.block : -(-(first + LANES) // plan.block)]
+            at = first % plan.block
+            found = ref[pl.ds(here[0], 1), at : at + LANES]
+            for j, row in enumerate(here[1:], 1):
+                value = ref[pl.ds(row, 1), at : at + LANES]
+                found = jnp.where(lane >= j * plan.block, value, found)
+            pieces.append(found)
+        return jnp.where(self.real(plan), jnp.concatenate(pieces, axis=1), other)
 
 
 def make_plan(
@@ -193,66 +179,95 @@ def check(block: int, *arrays: Array) -> None:
 def listed(
     plan: Plan, indices: Int[Array, "g p c"], counts: Int[Array, "g p"], blocks: int
 ) -> Int[Array, "g steps 1 _"]:
-    """What a grid step reads from SMEM: turns of its loop, counts, then indices row by row.
+    """What a grid step reads from SMEM: its turns, its units, real tokens and kept blocks by row.
 
-    One row more, which keeps nothing, takes the units that a last turn has too many.
+    A unit is given by its row, where its first block stands among the kept blocks, and the real
+    tokens from there on. Found beforehand, they need no chain of scalar steps in the kernel. Blocks
+    are given by their first token. The units that a last turn has too many are for row `plan.rows`.
     """
     groups, p, budget = indices.shape
-    steps = pl.cdiv(p, plan.rows)
     counts = jnp.clip(counts.astype(jnp.int32), 0, budget)
-    counts = jnp.pad(counts, ((0, 0), (0, steps * plan.rows - p))).reshape(groups, steps, -1)
     # What lies past a count is read and masked: it has to be a block that exists.
     indices = jnp.clip(indices.astype(jnp.int32), 0, blocks - 1)
-    room = ((0, 0), (0, steps * plan.rows - p), (0, plan.budget - budget))
-    indices = jnp.pad(indices, room).reshape(groups, steps, -1)
-    # A row without blocks takes a unit too: the walk goes on from row to row by units.
-    units = jnp.maximum(1, -(-counts // plan.width)).sum(-1, keepdims=True)
-    turns = -(-units // plan.units)
-    none = jnp.zeros((groups, steps, 1), jnp.int32)
-    last = jnp.zeros((groups, steps, plan.width), jnp.int32)
-    return jnp.concatenate([turns, counts, none, indices, last], axis=-1)[:, :, None]
+    tokens = counts * plan.block
+    if plan.length % plan.block and plan.length < blocks * plan.block:
+        indices, short = _short_last(indices, counts, plan.length // plan.block)
+        tokens -= jnp.where(short, plan.block - plan.length % plan.block, 0)
+    steps = pl.cdiv(p, plan.rows)
+    more = steps * plan.rows - p
+    tokens = jnp.pad(tokens, ((0, 0), (0, more))).reshape(groups, steps, -1)
+    room = ((0, 0), (0, more), (0, plan.budget - budget))
+    starts = jnp.pad(indices * plan.block, room).reshape(groups, steps, -1)
+    units = -(-tokens // plan.lanes)
+    ends = jnp.cumsum(units, axis=-1)
+    turns = jnp.maximum(1, -(-ends[..., -1:] // plan.units))
+    number = jnp.arange(plan.most_units)
+    row = (number[:, None] >= ends[..., None, :]).sum(-1)  # [g, steps, units]
+    # By comparison, row by row, which XLA fuses: gathers are slow on a TPU.
+    own = row[..., None] == jnp.arange(plan.rows)
+
+    def of_row(x: Array) -> Array:
+        return jnp.where(own, x[..., None, :], 0).sum(-1)
+
+    before = (number - of_row(ends - units)) * (row < plan.rows)
+    place = of_row(jnp.arange(plan.rows) * plan.budget) + before * plan.width
+    left = of_row(tokens) - before * plan.lanes
+    listed = jnp.stack([row, place, left], -1).reshape(groups, steps, -1).astype(jnp.int32)
+    return jnp.concatenate([turns, listed, tokens, starts], axis=-1)[:, :, None]
+
+
+def _short_last(
+    indices: Int[Array, "g p c"], counts: Int[Array, "g p"], short: int
+) -> tuple[Int[Array, "g p c"], Bool[Array, "g p"]]:
+    """The block that is not full changes places with the last one of its row, where it is kept.
+
+    What is masked then lies at the end of each row.
+    """
+    place = jnp.arange(indices.shape[-1])
+    last = place == counts[..., None] - 1
+    found = (indices == short) & (place < counts[..., None])
+    any_ = found.any(-1)
+    value = jnp.where(last, indices, 0).sum(-1)[..., None]
+    indices = jnp.where(found, value, jnp.where(last & any_[..., None], short, indices))
+    return indices, any_
 
 
 def list_spec(plan: Plan) -> pl.BlockSpec:
     """A grid step's share of `listed`."""
-    words = 2 + plan.rows * (1 + plan.budget) + plan.width
+    words = 1 + 3 * plan.most_units + plan.rows * (1 + plan.budget)
     return pl.BlockSpec((None, None, 1, words), lambda g, r: (g, r, 0, 0), memory_space=pltpu.SMEM)
 
 
-def for_units(plan: Plan, kept: Any, body: Callable[[list[Unit]], None]) -> None:
-    """Calls `body` with the next `plan.units` units until all are done."""
-
-    def turn(_: Any, at: Any) -> Any:
-        here = []
-        for _ in range(plan.units):
-            row, place = at
-            here.append(unit(plan, kept, row, place))
-            done = place + plan.width >= count_of(kept, row)
-            row = jnp.where(done, jnp.minimum(row + 1, plan.rows), row)
-            at = row, jnp.where(done, 0, place + plan.width)
-        body(here)
-        return at
-
-    jax.lax.fori_loop(0, kept[0, 0], turn, (jnp.int32(0), jnp.int32(0)))
+def turns_of(kept: Any) -> Any:
+    """Turns that a grid step's walk takes, at least one."""
+    return kept[0, 0]
 
 
-def count_of(kept: Any, row: Any) -> Any:
-    """How many blocks a row of the grid step keeps."""
-    return kept[0, 1 + row]
+def tokens_of(plan: Plan, kept: Any, row: Any) -> Any:
+    """Real tokens that a row of the grid step keeps."""
+    return kept[0, 1 + 3 * plan.most_units + row]
 
 
-def unit(plan: Plan, kept: Any, row: Any, place: Any) -> Unit:
-    """The unit of a row that starts at one of the blocks that it keeps."""
-    count = count_of(kept, row)
-    first = 2 + plan.rows + row * plan.budget + place
-    blocks = [kept[0, first + j] for j in range(plan.width)]
-    ends = []
-    for j, block in enumerate(blocks):
-        end = plan.block
-        if plan.length % plan.block:
-            end = jnp.minimum(plan.length - block * plan.block, plan.block)
-        ends.append(jnp.where(place + j < count, end, 0))
-    return Unit(row, blocks, ends)
+def unit(plan: Plan, kept: Any, number: Any) -> Unit:
+    """A unit by its number in the grid step."""
+    row, place, left = (kept[0, 1 + 3 * number + i] for i in range(3))
+    first = 1 + 3 * plan.most_units + plan.rows + place
+    return Unit(row, [kept[0, first + j] for j in range(plan.width)], left)
+
+
+def turn_of(plan: Plan, kept: Any, turn: Any) -> list[Unit]:
+    """The units of a turn."""
+    return [unit(plan, kept, turn * plan.units + i) for i in range(plan.units)]
+
+
+def in_turns(plan: Plan, kept: Any, body: Callable[[list[Unit]], None]) -> None:
+    """Calls `body` with the units of each turn."""
+
+    def turn(i: Any, _: Any) -> Any:
+        body(turn_of(plan, kept, i))
+        return 0
+
+    jax.lax.fori_loop(0, turns_of(kept), turn, 0)
 
 
 def lines(x: Float[Array, "g n"], block: int) -> Float[Array, "g p lanes"]:
