@@ -136,7 +136,7 @@ class Corrected:
             )
 
         def refreshed(state: CorrectedState) -> Any:
-            exact = dense_attention(query, key, value, scale=self.scale, **how)
+            exact: Any = dense_attention(query, key, value, scale=self.scale, **how)
             out, inner = cheap(state)
             off = exact.astype(jnp.float32) - out.astype(jnp.float32)
             return exact, self._state(off.swapaxes(1, 2), inner)

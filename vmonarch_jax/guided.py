@@ -214,8 +214,8 @@ class Guided:
         _, m, b = cut.sizes
         d, e = head_dim, value_dim
         sizes = {"heads": heads, "head_dim": d, "value_dim": e}
-        scheduled = self.scheduled and step is not None
-        if scheduled and refresh.is_refresh(step, self.refresh_steps, self.every):
+        at = (self.refresh_steps, self.every)
+        if self.scheduled and step is not None and refresh.is_refresh(step, *at):
             dense = flops.attention(Dense(), grid, **sizes)
             factors = self.method.steps * 4 * d * (m * b**2 + b * m**2) - 2 * d * b * m**2
             return dense + (2 * grid.tokens**2 * d + factors) * heads

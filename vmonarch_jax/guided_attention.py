@@ -107,11 +107,11 @@ def _exact_part(
     # attends to all of them.
     indices = indices[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
     indices = jnp.repeat(indices.reshape(groups, m, -1), parts, axis=1)
-    counts = jnp.broadcast_to(jnp.repeat(counts * parts, parts), indices.shape[:2])
+    lengths = jnp.broadcast_to(np.repeat(counts * parts, parts), indices.shape[:2])
     assert backend.block_sparse is not None  # the caller has looked
     out, lse = backend.block_sparse(
         *(x.reshape(groups, m * b, x.shape[-1]) for x in (q, k, v)), indices,
-        counts.astype(jnp.int32),
+        lengths.astype(jnp.int32),
         block=block, length=m * b, scale=scale, block_sizes=block_sizes,
     )  # fmt: skip
     return Part(out.reshape(groups, m, b, -1), lse.reshape(groups, m, b))
