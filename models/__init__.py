@@ -11,6 +11,7 @@ from .export import export_params, load_model, load_params
 from .flow import FlowConfig, flow_loss, guide, interpolate, shift_time
 from .labels import MOTIONS, PHOTOS
 from .params import split_params
+from .salad import add_branches, drop_branches, mean_gates
 from .sampler import integrate, sample, time_steps
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "FlowConfig",
     "VideoDiT",
     "VideoDiTConfig",
+    "add_branches",
     "capture_qkv",
+    "drop_branches",
     "export_params",
     "flow_loss",
     "guide",
@@ -29,6 +32,7 @@ __all__ = [
     "interpolate",
     "load_model",
     "load_params",
+    "mean_gates",
     "patchify",
     "sample",
     "shift_time",
