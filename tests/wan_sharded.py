@@ -3,6 +3,7 @@
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/wan_sharded.py model 0 1 2 3
 """
 
+import functools
 import json
 import sys
 
@@ -12,10 +13,12 @@ import numpy as np
 import optax
 from compiling import jit
 from flax import nnx
+from remembering import Echo
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.collectives import collectives, unannounced
 from vmonarch_jax.models.wan.config import TransformerConfig
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
+from vmonarch_jax.models.wan.memory import begin
 from vmonarch_jax.models.wan.sharding import Sharding, make_mesh
 from vmonarch_jax.models.wan.transformer import WanTransformer
 
@@ -150,5 +153,60 @@ def model(*chosen):
     return found
 
 
+def memory():
+    """Three steps of a model that remembers, on a mesh and on one device; where its states lie."""
+    rebuild, params = split_params(WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
+    size = (GRID.frames, 2 * GRID.height, 2 * GRID.width)
+    data = (
+        drawn(1, BATCH, *size, CONFIG.in_channels),
+        1000 * jax.random.uniform(jax.random.key(2), (BATCH,)),
+        drawn(3, BATCH, TEXT, CONFIG.text_dim),
+    )
+    # tiers are compared between the heads of a device, so here all of them are alike
+    sparse = vm.AdaSpa(0.5, 8, (1,), warmup_steps=0, head_adaptive=False)
+    methods = (Echo(), vm.Corrected(sparse, refresh_steps=(2,)))
+
+    def forward(sharding, params, memory, step, *data):
+        return rebuild(params)(
+            *data, attention=methods, sharding=sharding, memory=memory, step=step
+        )
+
+    def run(sharding, params, compiled):
+        memory = begin(CONFIG, GRID, BATCH, methods, placement=sharding)
+        where = None if sharding is None else sharding.state_shardings(memory)
+        outs, kept = [], []
+        for step in range(3):
+            out, memory = compiled(params, memory, jnp.int32(step), *data)
+            outs.append(out)
+            if where is not None:
+                kept += jax.tree.leaves(
+                    jax.tree.map(lambda x, w: x.sharding.is_equivalent_to(w, x.ndim), memory, where)
+                )
+        return outs, all(kept), memory
+
+    want, _, states = run(None, params, jit(functools.partial(forward, None)))
+    found = {}
+    for sizes in MESHES[:1]:
+        sharding = Sharding(make_mesh(**sizes))
+        placed = jax.device_put(params, sharding.param_shardings(transformer_entries(CONFIG)))
+        compiled = jit(functools.partial(forward, sharding))
+        outs, kept, memory = run(sharding, placed, compiled)
+        text = compiled.lower(placed, memory, jnp.int32(0), *data).compile().as_text()
+        found[str(sizes)] = {
+            "difference": difference(outs, want),
+            "states": difference(
+                jax.tree.map(lambda x: x.astype(jnp.float32), memory),
+                jax.tree.map(lambda x: x.astype(jnp.float32), states),
+            ),
+            "kept": kept,
+            "share": memory.of(methods[0])["last"].addressable_shards[0].data.shape,
+            "unannounced": [
+                f"{c.kind} along {c.axes}: {c.source}" for c in unannounced(text, sharding)
+            ],
+        }
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({"attention": attention, "model": model}[sys.argv[1]](*sys.argv[2:])))
+    parts = {"attention": attention, "model": model, "memory": memory}
+    print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])))

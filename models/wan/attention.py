@@ -14,8 +14,8 @@ from .config import TransformerConfig
 from .embeddings import rotate
 from .transformer_layers import FromHeads, HeadsNorm, Placement, ToHeads
 
-#: Attention of token-major q, k, v: the layer's method on the grid.
-Attend = Callable[[Array, Array, Array], Array]
+#: Attention of token-major q, k, v: the layer's method on the grid, and what it remembers then.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class _Projections(nnx.Module):
@@ -35,7 +35,7 @@ class _Projections(nnx.Module):
 class SelfAttention(_Projections):
     """Attention of the video's tokens on each other, under any method.
 
-    Formula: `q, k = rotate(norm(q)), rotate(norm(k))`, `out = attend(q, k, v)`; the norm is over
+    Formula: `q, k = rotate(norm(q)), rotate(norm(k))`, `out = attend(q, k, v)[0]`; the norm is over
     all heads of a token together.
     """
 
@@ -45,14 +45,15 @@ class SelfAttention(_Projections):
         rope: tuple[Array, Array],
         attend: Attend,
         place: Placement,
-    ) -> Float[Array, "batch seq dim"]:
-        """The update of the residual stream, in the dtype of `x`."""
+    ) -> tuple[Float[Array, "batch seq dim"], Any]:
+        """The update of the residual stream, in the dtype of `x`, and what `attend` remembers."""
         # Norm and turn are float32 together and rounded once.
         q = rotate(self.q_norm(self.q(x)), *rope).astype(x.dtype)
         k = rotate(self.k_norm(self.k(x)), *rope).astype(x.dtype)
         heads = (place.constrain(a, "batch", "heads", "seq", None) for a in (q, k, self.v(x)))
         # Methods take token-major arrays and turn them heads-major: XLA cancels both turns.
-        return self.out(attend(*(a.swapaxes(1, 2) for a in heads)))
+        out, memory = attend(*(a.swapaxes(1, 2) for a in heads))
+        return self.out(out), memory
 
 
 class CrossAttention(_Projections):

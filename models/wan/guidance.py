@@ -18,7 +18,8 @@ def guided(
     guidance: float | Float[Array, ""],
     *,
     batched: bool = True,
-) -> Float[Array, "batch *shape"]:
+    memory: tuple[Any, ...] | None = None,
+) -> Any:
     """The velocity under classifier-free guidance: `v(negative) + g (v(text) - v(negative))`.
 
     Args:
@@ -29,13 +30,27 @@ def guided(
       negative: states of the negative prompt; `None` for no guidance, and half the cost.
       guidance: g.
       batched: one call on a doubled batch; else two calls, in half the memory.
+      memory: what the model remembers, for each of its calls here; `velocity` then takes it as
+        `memory=` and returns a pair with that of the next step.
+
+    Returns:
+      The velocity; with a memory, also that of each call.
     """
+
+    def call(n, inputs, text):
+        if memory is None:
+            return velocity(*inputs, text), None
+        return velocity(*inputs, text, memory=memory[n])
+
     if negative is None:
-        return velocity(*inputs, text)
+        v, after = call(0, inputs, text)
+        return v if memory is None else (v, (after,))
     if batched:
         doubled = jax.tree.map(lambda array: jnp.concatenate([array, array]), inputs)
-        both = velocity(*doubled, jnp.concatenate([text, negative]))
+        both, *after = call(0, doubled, jnp.concatenate([text, negative]))
         wanted, unwanted = jnp.split(both, 2)
     else:
-        wanted, unwanted = velocity(*inputs, text), velocity(*inputs, negative)
-    return unwanted + guidance * (wanted - unwanted)
+        results = call(0, inputs, text), call(1, inputs, negative)
+        (wanted, unwanted), after = zip(*results, strict=True)
+    v = unwanted + guidance * (wanted - unwanted)
+    return v if memory is None else (v, tuple(after))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from .conditions import (
 )
 from .config import WanConfig
 from .guidance import guided
+from .memory import EMPTY, Memory, begin, calls_of, let_go
 from .request import Request
 from .sharding import Sharding
 from .tokenizer import WanTokenizer
@@ -39,8 +40,27 @@ from .weights.parts import part_entries
 #: Gives a part by name: "transformer", "transformer_2", "vae", "text_encoder", "image_encoder".
 Loader = Callable[[str], nnx.Module]
 
-#: `on_step(n, state)` after step n, from 1 on, with all that the sampler carries.
-OnStep = Callable[[int, Any], None]
+
+class Progress(NamedTuple):
+    """All that denoising carries from step to step.
+
+    Attributes:
+      sampler: the sampler's state.
+      attention: what attention remembers, for each call of the transformer in a step: one, or two
+        under guidance in two calls. None before the first step of an expert and after its last.
+    """
+
+    sampler: Any
+    attention: tuple[Memory, ...] = ()
+
+    @property
+    def x(self) -> Array:
+        """The noised latents."""
+        return self.sampler.x
+
+
+#: `on_step(n, progress)` after step n, from 1 on.
+OnStep = Callable[[int, Progress], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +234,7 @@ class WanPipeline:
         *,
         attention: Attention | None = None,
         batched: bool = True,
-        start: tuple[int, Any] | None = None,
+        start: tuple[int, Progress] | None = None,
         on_step: OnStep | None = None,
     ) -> Float[Array, "batch t h w channels"]:
         """The latents of the video.
@@ -222,44 +242,72 @@ class WanPipeline:
         The steps run one by one on the host, so that they can be watched, kept and gone on from;
         a step is one compiled program for each distinct tuple of methods.
 
+        Methods that remember something get the number of the step in the whole schedule. Of two
+        experts each has a memory of its own: what the first one remembers is let go with it, and
+        what the second one's methods should know by then they find out in its first step.
+
         Args:
           request: what to make.
           conditions: as `conditions` returns them.
           noise: the latents to start from.
           attention: as `__call__`.
           batched: as `__call__`.
-          start: `(n, state)` as `on_step` had them: goes on after step n, bit for bit.
-          on_step: called as `on_step(n, state)` after step n of `request.steps`.
+          start: `(n, progress)` as `on_step` had them: goes on after step n, bit for bit.
+          on_step: called as `on_step(n, progress)` after step n of `request.steps`. The next step
+            works in place on what attention remembers, which `on_step` must copy to keep, and so
+            does the first one on that of `start`.
         """
-        done, state = (0, request.sampler_value().init(noise)) if start is None else start
+        done, progress = (0, self.begin(request, noise)) if start is None else start
         for n in range(done, request.steps):
-            state = self.step(request, conditions, n, state, attention=attention, batched=batched)
+            progress = self.step(
+                request, conditions, n, progress, attention=attention, batched=batched,
+                in_place=True,
+            )  # fmt: skip
             if on_step is not None:
-                on_step(n + 1, state)
-        return _with_first(state.x, conditions.first)
+                on_step(n + 1, progress)
+        return _with_first(progress.x, conditions.first)
+
+    @staticmethod
+    def begin(request: Request, noise: Float[Array, "batch t h w channels"]) -> Progress:
+        """The progress before the first step."""
+        return Progress(request.sampler_value().init(noise))
 
     def step(
         self,
         request: Request,
         conditions: Conditions,
         index: int,
-        state: Any,
+        progress: Progress,
         *,
         attention: Attention | None = None,
         batched: bool = True,
-    ) -> Any:
-        """The sampler's state after step `index`, counted from 0, given that before it."""
+        in_place: bool = False,
+    ) -> Progress:
+        """The progress after step `index`, counted from 0, given that before it.
+
+        With `in_place` what attention remembers is not there twice; that of `progress` is used up.
+        """
         part, guidance = request.experts(self.config)[index]
         model = self.part(part)
         graph, weights = nnx.split(model)
         if isinstance(attention, AttentionSchedule):
             attention = attention.at(index, request.steps, self.config.transformer.layers)
+        methods = model.methods(attention)
+        calls, batch = calls_of(request, guidance, batched)
+        state = jax.tree.map(jnp.asarray, progress.sampler)
+        known = progress.attention or (EMPTY,) * calls
+        if self.placement is not None:
+            known = jax.device_put(known, self.placement.state_shardings(known))
+        sizes = self.config.transformer, request.grid(self.config), batch, methods
+        memory = tuple(
+            begin(*sizes, jax.tree.map(jnp.asarray, one), self.placement) for one in known
+        )
         seen = conditions if guidance > 1 else conditions._replace(negative=None)
-        return _step(
-            graph, model.methods(attention), request.sampler_value(), batched, self.placement,
-            weights, jax.tree.map(jnp.asarray, state), seen, jnp.int32(index),
-            jnp.float32(guidance),
+        state, memory = (_step_in_place if in_place else _step)(
+            graph, methods, request.sampler_value(), batched, self.placement, weights, state, seen,
+            jnp.int32(index), jnp.float32(guidance), memory,
         )  # fmt: skip
+        return Progress(state, () if let_go(self.config, request, index) else memory)
 
     def decode(
         self, latents: Float[Array, "batch t h w channels"]
@@ -297,9 +345,8 @@ def _with_first(x: Array, first: Array | None) -> Array:
     return x if first is None else x.at[:, :1].set(first)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _step(
-    graph, methods, sampler, batched, placement, weights, state, conditions, index, guidance
+def _denoise(
+    graph, methods, sampler, batched, placement, weights, state, conditions, index, guidance, memory
 ):  # fmt: skip
     """One denoising step, compiled once for each tuple of methods, each sampler and each shape."""
     model = nnx.merge(graph, weights)
@@ -312,14 +359,20 @@ def _step(
     if conditions.beside is not None:
         x = jnp.concatenate([x, conditions.beside], axis=-1)
 
-    def velocity(x, time, image, text):
-        return model(x, time, text, image, attention=methods, sharding=placement)
+    def velocity(x, time, image, text, memory):
+        return model(
+            x, time, text, image, attention=methods, sharding=placement, memory=memory, step=index
+        )
 
-    v = guided(
+    v, memory = guided(
         velocity, (x, time, conditions.image), conditions.text, conditions.negative, guidance,
-        batched=batched,
+        batched=batched, memory=memory,
     )  # fmt: skip
-    return sampler.step(state, v, index)
+    return sampler.step(state, v, index), memory
+
+
+_step = jax.jit(_denoise, static_argnums=(0, 1, 2, 3, 4))
+_step_in_place = jax.jit(_denoise, static_argnums=(0, 1, 2, 3, 4), donate_argnames=("memory",))
 
 
 @functools.partial(jax.jit, static_argnums=0)

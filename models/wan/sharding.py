@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 import vmonarch_jax as vm
+from vmonarch_jax.memory import Step
 
 from ..params import Model, split_params
 from .weights.entry import Entry
+
+T = TypeVar("T")
 
 #: Axes of the mesh, outermost first: neighbours along `tensor` talk the most.
 AXES = ("data", "fsdp", "context", "tensor")
@@ -233,8 +236,10 @@ class Sharding:
         k: Float[Array, "batch keys heads head_dim"],
         v: Float[Array, "batch keys heads head_dim"],
         grid: vm.VideoGrid | None,
-    ) -> Float[Array, "batch seq heads head_dim"]:
-        """`method(q, k, v, grid=grid)`, each device on its own share.
+        state: Any = None,
+        step: Step | None = None,
+    ) -> Any:
+        """`method(q, k, v, grid=grid)`, each device on its own share; with a state, also the next.
 
         In self-attention (`grid` given) devices along `context` exchange heads for tokens, so that
         each holds all tokens of some heads; they run the method on these, kernels and all, and
@@ -243,6 +248,9 @@ class Sharding:
 
         With `grid=None` the keys are others (text, image), whole on every device: queries stay
         where they are, and nothing is exchanged.
+
+        A state lies where its heads are attended to. What a method compares between heads (the
+        tiers of `vm.AdaSpa`) it compares between those of a device.
 
         Raises:
           ValueError: heads do not divide by `context * tensor` (`tensor` without a grid), the batch
@@ -268,22 +276,48 @@ class Sharding:
         keys = tokens if grid is not None else self.spec(("batch", "heads", "text", None))
         ways = self.ways("seq")
 
-        def share(*arrays: Array) -> Array:
+        def share(arrays: Any, state: Any, step: Any) -> Any:
             if grid is None:
-                return method(*(x.swapaxes(1, 2) for x in arrays), grid=None).swapaxes(1, 2)
-            return _exchanged(method, arrays, grid, self.axes("seq") if ways > 1 else ())
+                out = method(*(x.swapaxes(1, 2) for x in arrays), grid=None).swapaxes(1, 2)
+                return out, None
+            context = self.axes("seq") if ways > 1 else ()
+            return _exchanged(
+                method, arrays, grid, context, state, static if step is None else step
+            )
 
         # Checks of what varies over which axis know nothing of kernels; every array here is split
         # along all axes or whole, so that JAX sums gradients over the right ones without them.
+        traced = isinstance(step, jax.Array)
+        static = None if traced else step
+        states = jax.tree.map(lambda leaf: self._state_spec(leaf.ndim), state)
         mapped = jax.shard_map(
-            share, mesh=self.mesh, in_specs=(tokens, keys, keys), out_specs=tokens, check_vma=False
-        )
+            share, mesh=self.mesh, in_specs=((tokens, keys, keys), states, PartitionSpec()),
+            out_specs=(tokens, states), check_vma=False,
+        )  # fmt: skip
         # Heads-major, as projections write them and kernels want them.
         arrays = [x.swapaxes(1, 2) for x in (q, k, v)]
         arrays[0] = _padded(arrays[0], ways)
         if grid is not None:
             arrays[1:] = [_padded(x, ways) for x in arrays[1:]]
-        return mapped(*arrays)[:, :, : q.shape[1]].swapaxes(1, 2)
+        out, after = mapped(tuple(arrays), state, step if traced else None)
+        out = out[:, :, : q.shape[1]].swapaxes(1, 2)
+        return out if state is None else (out, after)
+
+    def _state_spec(self, axes: int) -> PartitionSpec:
+        """Of a state of `[batch, heads, ...]` or `[batch]`: heads as they are attended to."""
+        heads = (*self.axes("heads"), *self.axes("seq"))
+        return PartitionSpec(*(self.axes("batch"), heads)[:axes])
+
+    def state_shardings(self, states: T) -> T:
+        """Where states lie, `[layers, batch, heads, ...]` or `[layers, batch]`, leaf by leaf."""
+        return jax.tree.map(
+            lambda x: self._placed(PartitionSpec(None, *self._state_spec(x.ndim - 1))), states
+        )
+
+    def constrain_states(self, states: T) -> T:
+        """Lays states of all layers out as `state_shardings` says."""
+        where = self.state_shardings(states)
+        return jax.tree.map(jax.lax.with_sharding_constraint, states, where)
 
     def _divides(
         self,
@@ -338,15 +372,18 @@ def _padded(x: Array, ways: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x
 
 
-def _exchanged(method: Any, arrays: Any, grid: vm.VideoGrid, context: tuple[str, ...]) -> Array:
+def _exchanged(
+    method: Any, arrays: Any, grid: vm.VideoGrid, context: tuple[str, ...], state: Any, step: Any
+) -> tuple[Array, Any]:
     """Self-attention of one device: some tokens of its heads to all tokens of some, and back."""
     local = arrays[0].shape[2]
     if context:
         arrays = [jax.lax.all_to_all(x, context, 1, 2, tiled=True) for x in arrays]
     q, k, v = (x[:, :, : grid.tokens].swapaxes(1, 2) for x in arrays)
-    out = method(q, k, v, grid=grid).swapaxes(1, 2)
+    out, after = vm.attend(method, q, k, v, grid=grid, state=state, step=step)
+    out = out.swapaxes(1, 2)
     if not context:
-        return out
+        return out, after
     whole = local * math.prod(jax.lax.axis_size(axis) for axis in context)
     out = _padded(out, whole)
-    return jax.lax.all_to_all(out, context, 2, 1, tiled=True)
+    return jax.lax.all_to_all(out, context, 2, 1, tiled=True), after

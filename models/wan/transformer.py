@@ -14,12 +14,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 import vmonarch_jax as vm
+from vmonarch_jax.memory import Step
 
 from ..dit import unpatchify
 from .attention import Attend, CrossAttention, SelfAttention
 from .config import TransformerConfig
 from .embeddings import ImageEmbedding, PatchEmbedding, TextEmbedding, TimeEmbedding, rope_tables
 from .keys_transformer import transformer_entries
+from .memory import EMPTY, Memory
 from .transformer_layers import LayerNorm, Linear, OneDevice, Placement, layer_norm
 
 #: One method for all layers, or one for each.
@@ -54,11 +56,11 @@ class Block(nnx.Module):
         rope: tuple[Array, Array],
         attend: Attend,
         place: Placement,
-    ) -> Float[Array, "batch seq dim"]:
-        """The residual stream after the block, in the dtype of `x`."""
+    ) -> tuple[Float[Array, "batch seq dim"], Any]:
+        """The residual stream after the block, in the dtype of `x`, and what `attend` remembers."""
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(shared, self.modulation, x.shape[1])
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(x.dtype)
-        h = self.attn(h, rope, attend, place)
+        h, memory = self.attn(h, rope, attend, place)
         x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate1).astype(x.dtype)
         x = place.constrain(x, "batch", "seq", None)
         x = x + self.cross(self.cross_norm(x).astype(x.dtype), text, image, place)
@@ -67,7 +69,7 @@ class Block(nnx.Module):
         h = jax.nn.gelu(self.mlp_in(h), approximate=True)
         h = self.mlp_out(place.constrain(h, "batch", "seq", "mlp"))
         x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate2).astype(x.dtype)
-        return place.constrain(x, "batch", "seq", None)
+        return place.constrain(x, "batch", "seq", None), memory
 
 
 class WanTransformer(nnx.Module):
@@ -130,9 +132,11 @@ class WanTransformer(nnx.Module):
         image: Float[Array, "batch n image_dim"] | None = None,
         *,
         attention: Methods | None = None,
+        memory: Memory | None = None,
+        step: Step | None = None,
         sharding: Placement | None = None,
-    ) -> Float[Array, "batch frames height width out_channels"]:
-        """Returns the velocity, in float32.
+    ) -> Any:
+        """Returns the velocity, in float32; with a memory, also that after this step.
 
         Args:
           latents: noisy latents, with mask and image behind their channels where the model has
@@ -145,6 +149,9 @@ class WanTransformer(nnx.Module):
           image: states of the image encoder, exactly where the configuration has `image_dim`; of
             two images one after the other where it has `image_positions`.
           attention: overrides the constructor's method, or methods, for this call.
+          memory: what attention remembers of the steps before (`memory.begin`); `None`: every
+            method acts as if nothing had gone before.
+          step: the denoising step, from 0; needed with a memory.
           sharding: places activations and attention on a mesh; `None`: no mesh.
 
         Raises:
@@ -154,9 +161,14 @@ class WanTransformer(nnx.Module):
         place = OneDevice() if sharding is None else sharding
         grid = self._check(latents, time, text, image)
         whole = place.gather(self, transformer_entries(config))
-        return whole._run(latents, time, text, image, methods, grid, place)
+        if memory is not None and step is None:
+            raise ValueError("expected the number of the step with a memory, got none")
+        velocity, after = whole._run(
+            latents, time, text, image, methods, memory or EMPTY, step, grid, place
+        )
+        return velocity if memory is None else (velocity, after)
 
-    def _run(self, latents, time, text, image, methods, grid, place: Placement):
+    def _run(self, latents, time, text, image, methods, memory, step, grid, place: Placement):
         config, dtype = self.config, self.config.compute_dtype
         state, shared = self.time(time.reshape(len(time), -1))
         times = "seq" if state.shape[1] == grid.tokens else None
@@ -169,12 +181,13 @@ class WanTransformer(nnx.Module):
         rope = rope_tables(grid, config.head_dim, config.rope_theta)
         rope = tuple(place.constrain(table, "seq", None) for table in rope)
         x = place.constrain(self.patch(latents.astype(dtype)), "batch", "seq", None)
-        x = self._scan(x, shared, text, image, rope, methods, grid, place)
+        attending = methods, memory, step, grid
+        x, memory = self._scan(x, shared, text, image, rope, attending, place)
         shift, scale = _parts(state[:, :, None], self.modulation, grid.tokens)
         x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(dtype)
         # A video's tokens come together before they are put back into frames.
         x = place.constrain(self.out(x).astype(jnp.float32), "batch", None, None)
-        return unpatchify(x, config.patch, grid)
+        return unpatchify(x, config.patch, grid), place.constrain_states(memory)
 
     def methods(self, attention: Methods | None = None) -> tuple[vm.Attention, ...]:
         """The attention method of each layer, given what a call overrides.
@@ -192,22 +205,35 @@ class WanTransformer(nnx.Module):
             )
         return tuple(attention)
 
-    def _scan(self, x, shared, text, image, rope, methods, grid, place: Placement):
+    def _scan(self, x, shared, text, image, rope, attending, place: Placement):
+        methods, memory, step, grid = attending
         graph, stacked = nnx.split(self.blocks)
         entries = transformer_entries(self.config)
         kinds = list(dict.fromkeys(methods))
         kind_of_layer = np.array([kinds.index(method) for method in methods], np.int32)
+        calls = [functools.partial(_call, place, grid, step, method) for method in kinds]
 
-        def layer(x, state, kind):
+        def layer(x, own, params, kind):
             def attend(q, k, v):
-                calls = [functools.partial(place.attend, m, grid=grid) for m in kinds]
-                return jax.lax.switch(kind, calls, q, k, v) if len(calls) > 1 else calls[0](q, k, v)
+                if len(calls) == 1:
+                    return calls[0](own, q, k, v)
+                return jax.lax.switch(kind, calls, own, q, k, v)
 
-            block = place.gather(nnx.merge(graph, state), entries, "blocks.")
+            block = place.gather(nnx.merge(graph, params), entries, "blocks.")
             return block(x, shared, text, image, rope, attend, place)
 
         layer = _remat(layer, self.config.remat)
-        return jax.lax.scan(lambda x, of: (layer(x, *of), None), x, (stacked, kind_of_layer))[0]
+
+        def body(carry, of):
+            # states are carried and written where they lie: as outputs of the scan they would be
+            # there twice
+            x, memory = carry
+            params, kind, index = of
+            x, own = layer(x, memory.layer(index), params, kind)
+            return (x, memory.with_layer(index, own)), None
+
+        layers = stacked, kind_of_layer, np.arange(len(methods), dtype=np.int32)
+        return jax.lax.scan(body, (x, memory), layers)[0]
 
     def _check(self, latents, time, text, image) -> vm.VideoGrid:
         config = self.config
@@ -241,6 +267,15 @@ class WanTransformer(nnx.Module):
                     f"expected image of shape {(batch, n, config.image_dim)}, got {image.shape}"
                 )
         return grid
+
+
+def _call(place: Placement, grid, step, method: vm.Attention, own: Memory, q, k, v):
+    """Attention of one layer, and what the layer remembers then."""
+    state = own.of(method)
+    if state is None:
+        return place.attend(method, q, k, v, grid), own
+    out, state = place.attend(method, q, k, v, grid, state, step)
+    return out, own.replaced(method, state)
 
 
 def _modulation(parts: int, dim: int, rngs: nnx.Rngs, param_dtype: Any) -> nnx.Param:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+import vmonarch_jax as vm
+from vmonarch_jax.memory import Step
+
 from ..params import Model
 from .weights.entry import Entry
+
+T = TypeVar("T")
 
 
 class Placement(Protocol):
@@ -25,8 +30,18 @@ class Placement(Protocol):
         """`module` with its parameters laid out for computing; `under` is before their names."""
         ...
 
-    def attend(self, method: Any, q: Array, k: Array, v: Array, grid: Any) -> Array:
-        """Attention of `[batch, seq, heads, head_dim]` arrays; `grid=None`: on other keys."""
+    def attend(
+        self, method: Any, q: Array, k: Array, v: Array, grid: Any, state: Any = None,
+        step: Step | None = None,
+    ) -> Any:  # fmt: skip
+        """Attention of `[batch, seq, heads, head_dim]` arrays; `grid=None`: on other keys.
+
+        With a state `(out, new state)`.
+        """
+        ...
+
+    def constrain_states(self, states: T) -> T:
+        """States of all layers, `[layers, batch, heads, ...]`, placed as attention wants them."""
         ...
 
 
@@ -43,9 +58,19 @@ class OneDevice:
         del entries, under
         return module
 
-    def attend(self, method: Any, q: Array, k: Array, v: Array, grid: Any) -> Array:
+    def attend(
+        self, method: Any, q: Array, k: Array, v: Array, grid: Any, state: Any = None,
+        step: Step | None = None,
+    ) -> Any:  # fmt: skip
         """What the method says."""
-        return method(q, k, v) if grid is None else method(q, k, v, grid=grid)
+        if grid is None:
+            return method(q, k, v)
+        out, after = vm.attend(method, q, k, v, grid=grid, state=state, step=step)
+        return out if state is None else (out, after)
+
+    def constrain_states(self, states: T) -> T:
+        """The states themselves."""
+        return states
 
 
 def kernel(rngs: nnx.Rngs, shape: Sequence[int], inputs: int, param_dtype: Any) -> nnx.Param:

@@ -59,6 +59,18 @@ def test_model_on_eight_devices_is_that_of_one(meshes):
         assert "all-gather" in got["kinds"], f"{mesh}: the count sees what there must be"
 
 
+def test_what_is_remembered_lies_where_its_heads_are():
+    found = run("memory")
+    shares = {mesh: got["share"] for mesh, got in found.items()}
+    # layers, batch, heads, tokens, head_dim
+    assert list(shares.values()) == [[2, 2, 2, 45, 12]]
+    for mesh, got in found.items():
+        assert got["difference"] < 1e-5, mesh
+        assert got["states"] < 1e-2, f"{mesh}: up to the rounding of bfloat16"
+        assert got["kept"], f"{mesh}: states lie where they lay"
+        assert got["unannounced"] == [], mesh
+
+
 def test_every_full_size_parameter_divides():
     entries = transformer_entries(TransformerConfig(dim=5120, heads=40, layers=40, ffn_dim=13_824))
     sharding = Sharding(abstract(fsdp=2, context=8, tensor=4))

@@ -12,10 +12,12 @@ import numpy as np
 from jaxtyping import Array
 
 import vmonarch_jax as vm
+from vmonarch_jax.memory import Step
 
 from ...attention_schedule import Attention, runs_of
 from ..conditions import Conditions
-from ..pipeline import WanPipeline
+from ..memory import Memory
+from ..pipeline import Progress, WanPipeline
 from ..request import Request
 
 # Rows of each head that the certificate looks at: a dense pass over these alone.
@@ -27,21 +29,50 @@ class Watched:
     """A method that also reports its certificate: mean and largest KL of evenly spaced rows.
 
     Attributes:
-      method: what runs; it must take `return_lse=True`.
-      record: called as `record(mean, largest)`, layer after layer.
+      method: what runs.
+      record: called as `record(mean, largest)`, layer after layer; with NaN of `vm.Corrected`,
+        which has no certificate.
     """
 
     method: Any
     record: Callable[[Any, Any], None]
 
-    def __call__(self, query: Array, key: Array, value: Array, *, grid: vm.VideoGrid) -> Array:
+    @classmethod
+    def of(cls, method: Any, record: Callable[[Any, Any], None]) -> Watched:
+        """The method watched, which remembers what the method does."""
+        return (_WatchedRemembering if vm.remembers(method) else cls)(method, record)
+
+    def __call__(
+        self, query: Array, key: Array, value: Array, *, grid: vm.VideoGrid, state: Any = None,
+        step: Step | None = None,
+    ) -> Any:  # fmt: skip
         """The method's attention."""
-        out, lse = self.method(query, key, value, grid=grid, return_lse=True)
-        rows = np.unique(np.linspace(0, grid.tokens - 1, _ROWS).astype(np.int32))
-        gap = vm.attention_gap(query, key, lse, grid=grid, rows=jnp.asarray(rows))
+        certified = not isinstance(self.method, vm.Corrected)
+        found, after = vm.attend(
+            self.method, query, key, value, grid=grid, state=state, step=step,
+            **({"return_lse": True} if certified else {}),
+        )  # fmt: skip
+        out = found.out if certified else found
+        mean = largest = jnp.nan
+        if certified:
+            gap = self._gap(query, key, found.lse, grid)
+            mean, largest = gap.mean(), gap.max()
         # in order: the layers run one after the other, and say nothing else about which they are
-        jax.debug.callback(self.record, gap.mean(), gap.max(), ordered=True)
-        return out
+        jax.debug.callback(self.record, mean, largest, ordered=True)
+        return out if state is None else (out, after)
+
+    @staticmethod
+    def _gap(query: Array, key: Array, lse: Array, grid: vm.VideoGrid) -> Array:
+        rows = np.unique(np.linspace(0, grid.tokens - 1, _ROWS).astype(np.int32))
+        return vm.attention_gap(query, key, lse, grid=grid, rows=jnp.asarray(rows))
+
+
+class _WatchedRemembering(Watched):
+    """Of a method that remembers."""
+
+    def init_state(self, grid: Any, **sizes: Any) -> Any:
+        """The method's."""
+        return self.method.init_state(grid, **sizes)
 
 
 def certify(
@@ -49,18 +80,20 @@ def certify(
     request: Request,
     conditions: Conditions,
     index: int,
-    state: Any,
+    progress: Progress,
     attention: Attention,
     batched: bool,
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | None]]:
     """Mean and largest KL to dense attention of each layer, in nats, on one denoising step.
+
+    `None` where a layer's method has no certificate.
 
     Args:
       pipeline: the model.
       request: what is made.
       conditions: as `WanPipeline.conditions`.
       index: of the step.
-      state: the sampler's before it.
+      progress: before it.
       attention: the methods.
       batched: as `WanPipeline.denoise`; in two calls the second's numbers count too.
     """
@@ -73,15 +106,25 @@ def certify(
         seen.append((float(mean), float(largest)))
 
     # one watcher for all layers of a method, so that the program does not grow with the layers
-    watchers = {method: Watched(method, record) for method in methods}
+    known = (method for memory in progress.attention for method in memory.methods)
+    watchers = {method: Watched.of(method, record) for method in (*methods, *known)}
     watched = tuple(watchers[method] for method in methods)
-    after = pipeline.step(request, conditions, index, state, attention=watched, batched=batched)
+    progress = progress._replace(
+        attention=tuple(
+            Memory(tuple(watchers[method] for method in memory.methods), memory.states)
+            for memory in progress.attention
+        )
+    )
+    after = pipeline.step(request, conditions, index, progress, attention=watched, batched=batched)
     jax.block_until_ready(after)
     jax.effects_barrier()
     calls = np.array(seen).reshape(-1, layers, 2)
+    rows = zip(calls[..., 0].mean(0), calls[..., 1].max(0), strict=True)
     return [
-        {"mean_kl": float(mean), "max_kl": float(largest)}
-        for mean, largest in zip(calls[..., 0].mean(0), calls[..., 1].max(0), strict=True)
+        {"mean_kl": None, "max_kl": None}
+        if np.isnan(mean)
+        else {"mean_kl": float(mean), "max_kl": float(largest)}
+        for mean, largest in rows
     ]
 
 
@@ -96,11 +139,14 @@ def certified_step(attention: Attention, steps: int, layers: int) -> int:
     return sparse[len(sparse) // 2] if sparse else steps // 2
 
 
-def describe(certificate: list[dict[str, float]], psnr: float, ssim: float) -> str:
+def describe(certificate: list[dict[str, float | None]], psnr: float, ssim: float) -> str:
     """The report of a comparison, one line a layer."""
     lines = [f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"]
     if certificate:
         lines.append("layer  mean KL   max KL")
     for layer, row in enumerate(certificate):
-        lines.append(f"{layer:>5}  {row['mean_kl']:.2e}  {row['max_kl']:.2e}")
+        if row["mean_kl"] is None:
+            lines.append(f"{layer:>5}  no certificate")
+        else:
+            lines.append(f"{layer:>5}  {row['mean_kl']:.2e}  {row['max_kl']:.2e}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import json
 import pathlib
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ import numpy as np
 
 from ...demo.files import replacing, write_json
 from ..conditions import Conditions
+from ..memory import Memory
+from ..pipeline import Progress
 from ..samplers import Sampler
 
 
@@ -70,25 +72,42 @@ class Partial:
             self.folder / "conditions.npz", {n: np.asarray(a) for n, a in arrays if a is not None}
         )
 
-    def state(self, name: str, sampler: Sampler) -> tuple[int, Any] | None:
-        """The step and the sampler's state that `keep_state` kept last, or `None`."""
+    def progress(
+        self,
+        name: str,
+        sampler: Sampler,
+        remembered: Callable[[int], tuple[Memory, ...]],
+    ) -> tuple[int, Progress] | None:
+        """The step and the progress that `keep_progress` kept last, or `None`.
+
+        Args:
+          name: of the video.
+          sampler: of the run.
+          remembered: gives the shapes of what attention remembers after a step.
+        """
         arrays = _read(self.folder / f"{name}.npz")
         if arrays is None:
             return None
         step = int(arrays.pop("step"))
-        return step, type(sampler.init(jnp.zeros(1)))(**_on_device(arrays))
+        leaves, tree = jax.tree.flatten(remembered(step))
+        # the host's: on a mesh each device then takes its share
+        kept = [arrays.pop(f"attention_{n}").view(leaf.dtype) for n, leaf in enumerate(leaves)]
+        state = type(sampler.init(jnp.zeros(1)))(**_on_device(arrays))
+        return step, Progress(state, jax.tree.unflatten(tree, kept))
 
-    def keep_state(self, name: str, step: int, state: Any) -> None:
-        """Keeps the sampler's state after a step; the last one is there until this one is whole."""
-        arrays = {field: np.asarray(array) for field, array in state._asdict().items()}
+    def keep_progress(self, name: str, step: int, progress: Progress) -> None:
+        """Keeps the progress after a step; the last one is there until this one is whole."""
+        arrays = {n: np.asarray(array) for n, array in progress.sampler._asdict().items()}
+        for n, leaf in enumerate(jax.tree.leaves(progress.attention)):
+            arrays[f"attention_{n}"] = _storable(np.asarray(leaf))
         _write(self.folder / f"{name}.npz", {"step": np.array(step), **arrays})
 
-    def certificate(self) -> list[dict[str, float]]:
+    def certificate(self) -> list[dict[str, float | None]]:
         """What `keep_certificate` kept, or none."""
         path = self.folder / "certificate.json"
         return list(json.loads(path.read_text("utf-8"))) if path.is_file() else []
 
-    def keep_certificate(self, certificate: list[dict[str, float]]) -> None:
+    def keep_certificate(self, certificate: list[dict[str, float | None]]) -> None:
         """Keeps the certificate of each layer."""
         write_json(self.folder / "certificate.json", certificate)
 
@@ -118,6 +137,11 @@ def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     with replacing(path) as partial:
         save: Any = np.savez  # its keywords are names of arrays, which its types do not say
         save(partial, **arrays)
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """The same bytes in a dtype that NumPy can store: it knows neither bfloat16 nor float8."""
+    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.dtype.itemsize}")
 
 
 def _on_device(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

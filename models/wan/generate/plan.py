@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 import vmonarch_jax as vm
 
-from ...attention_schedule import Attention, runs_of
+from ...attention_schedule import Attention, flops_of_steps, runs_of
 from ..config import WanConfig
+from ..memory import let_go, state_bytes
 from ..request import Request
 from ..weights.detect import Found
 from ..weights.parts import PARTS, matches, part_entries
@@ -28,7 +29,9 @@ class Plan:
       weights: bytes of each part's parameters once loaded.
       grid: tokens.
       attention: of the denoising steps, `(first, end, names of the methods)`.
-      memory: bytes on the device in each phase: weights, and the rest by estimate.
+      memory: bytes on the device in each phase: weights, and the rest by estimate, of which
+        attention's states are known.
+      states: bytes of what attention remembers, at most.
       flops: of all denoising steps, and of the same under dense attention.
     """
 
@@ -38,6 +41,7 @@ class Plan:
     grid: vm.VideoGrid
     attention: list[tuple[int, int, str]]
     memory: dict[str, tuple[int, int]]
+    states: int
     flops: tuple[int, int]
 
     @property
@@ -63,6 +67,8 @@ class Plan:
                 f"({_size(weights)} of weights, about {_size(rest)} more)"
             )
         total, dense = self.flops
+        if self.states:
+            lines.append(f"attention remembers: {_size(self.states)}, kept on disk for --resume")
         lines.append(f"peak memory: about {_size(self.peak)}")
         lines.append(
             f"denoising: {total / 1e15:.3g} PFLOPs in matmuls ({dense / total:.2f} times fewer "
@@ -91,13 +97,18 @@ def make_plan(
         if config.image is not None:
             memory["encoding the image"] = weights["image_encoder"], 0
         memory["encoding the first frame"] = weights["vae"], _vae_bytes(config, request, False)
+    states = state_bytes(config, request, attention, batched)
     for part in experts:
-        memory[f"denoising ({part})"] = weights[part], _step_bytes(config, grid, samples)
+        step = _step_bytes(config, grid, samples) + states[part]
+        memory[f"denoising ({part})"] = weights[part], step
     memory["decoding"] = weights["vae"], _vae_bytes(config, request, True)
+    flops = (
+        denoising_flops(config, request, attention), denoising_flops(config, request, vm.Dense())
+    )  # fmt: skip
     return Plan(
         f"{config.name} ({found.convention} layout, {config.transformer.dtype})",
         files, weights, grid, _named(attention, request.steps, config), memory,
-        (denoising_flops(config, request, attention), denoising_flops(config, request, vm.Dense())),
+        max(states.values()), flops,
     )  # fmt: skip
 
 
@@ -126,15 +137,14 @@ def denoising_flops(config: WanConfig, request: Request, attention: Attention) -
         sizes.dim, sizes.heads, sizes.layers, sizes.ffn_dim, sizes.text_length
     )
 
-    def own(method: object) -> int:
-        return vm.flops.attention(method, grid, heads=sizes.heads, head_dim=sizes.head_dim)
-
-    rest = vm.flops.transformer(shape, vm.Dense(), grid) - sizes.layers * own(vm.Dense())
-    total = 0
-    for first, end, methods in runs_of(attention, request.steps, sizes.layers):
-        step = rest + sum(own(method) for method in methods)
-        experts = request.experts(config)[first:end]
-        total += step * sum(2 if guidance > 1 else 1 for _, guidance in experts)
+    of_heads = {"heads": sizes.heads, "head_dim": sizes.head_dim}
+    dense = sizes.layers * vm.flops.attention(vm.Dense(), grid, **of_heads)
+    rest = vm.flops.transformer(shape, vm.Dense(), grid) - dense
+    experts = request.experts(config)
+    anew = [n + 1 for n in range(request.steps) if let_go(config, request, n)]
+    own = flops_of_steps(attention, request.steps, sizes.layers, grid, **of_heads, anew=anew)
+    calls = [2 if guidance > 1 else 1 for _, guidance in experts]
+    total = sum(n * (rest + count) for n, count in zip(calls, own, strict=True))
     return total * len(request.prompt)
 
 

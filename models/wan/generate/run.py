@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import sys
@@ -21,7 +22,8 @@ from ...demo.files import write_json
 from ...demo.measure import likeness
 from ...demo.progress import phase
 from ..conditions import check_image, check_texts, fit_image
-from ..pipeline import LoRAFile, WanPipeline, with_dtype
+from ..memory import after
+from ..pipeline import LoRAFile, Progress, WanPipeline, with_dtype
 from ..request import Request
 from ..sharding import AXES, Sharding, make_mesh
 from ..weights.detect import Found, detect
@@ -164,19 +166,20 @@ def generate(job: Job) -> dict[str, Any]:
 def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: Attention):
     """The latents under one method, and for the main one its certificate where it is asked for."""
     job, request, pipeline = ready.job, ready.request, ready.pipeline
-    start = partial.state(name, request.sampler_value())
+    remembered = functools.partial(after, ready.config, request, attention, batched=job.batched)
+    start = partial.progress(name, request.sampler_value(), remembered)
     done = 0 if start is None else start[0]
     noise = pipeline.noise(request)
     layers = ready.config.transformer.layers
     # a step on several devices has no order of layers in which it could tell their certificates
     wanted = job.compare is not None and name == "main" and pipeline.placement is None
     at = certified_step(attention, request.steps, layers)
-    certificate: list[dict[str, float]] = partial.certificate() if wanted else []
+    certificate: list[dict[str, float | None]] = partial.certificate() if wanted else []
 
-    def look(step: int, state: Any) -> None:
+    def look(step: int, progress: Progress) -> None:
         if wanted and not certificate and step == at:
             certificate.extend(
-                certify(pipeline, request, conditions, at, state, attention, job.batched)
+                certify(pipeline, request, conditions, at, progress, attention, job.batched)
             )
             partial.keep_certificate(certificate)
 
@@ -184,15 +187,15 @@ def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: 
     with phase(title, request.steps) as bar:
         bar.update(done)
 
-        def on_step(step: int, state: Any) -> None:
-            jax.block_until_ready(state)
-            partial.keep_state(name, step, state)
+        def on_step(step: int, progress: Progress) -> None:
+            jax.block_until_ready(progress)
+            partial.keep_progress(name, step, progress)
             bar.update()
             if step < request.steps:
-                look(step, state)
+                look(step, progress)
 
         try:
-            look(done, request.sampler_value().init(noise) if start is None else start[1])
+            look(done, pipeline.begin(request, noise) if start is None else start[1])
             latents = pipeline.denoise(
                 request, conditions, noise, attention=attention, batched=job.batched,
                 start=start, on_step=on_step,
