@@ -41,8 +41,8 @@ class AdaSpa:
     kept mass exceeds `recall`, at most half of the heads, the n best have the sparsity
     `(1 + s) / 2`, the n worst `(3 s - 1) / 2` and the rest `s`: the mean stays s. Budgets are whole
     blocks, spread evenly to both sides; below s = 1/3 the spread shrinks so that the worst heads
-    just keep all. Each entry of a batch has its own tiers (and so has, under `shard_map`, each shard
-    of the heads). No gradient flows through the choice.
+    just keep all. Each entry of a batch has its own tiers, and under `shard_map` each shard of the
+    heads. No gradient flows through the choice.
 
     Where the sequence holds text too, the blocks with text are kept in every row on top of the
     budget, and their own rows are dense. A block that straddles video and text counts as text.
