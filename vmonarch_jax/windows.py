@@ -185,9 +185,10 @@ def _nearest(order: TileOrder, keep: int) -> np.ndarray:
     places = order.centres / order.grid.shape
     inside = np.zeros((len(places), len(places)), bool)
     for row, place in zip(inside, places, strict=True):
+        apart = np.abs(places - place)
         # Rounded, so that equal distances are equal whatever the order of the arithmetic.
-        apart = np.abs(places - place).round(9)
-        row[np.lexsort((apart.sum(-1), apart.max(-1)))[:keep]] = True
+        far, total = apart.max(-1).round(9), apart.sum(-1).round(9)
+        row[np.lexsort((total, far))[:keep]] = True
     return inside
 
 
