@@ -62,8 +62,10 @@ def test_video_frames_and_metadata(folder, tmp_path, capsys):
 
 
 def test_interrupted_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, capsys):
+    # a method that remembers: what it knew goes on too
+    flags = "--attention", "corrected", "--refresh-every", "3", "--residual", "float8"
     whole, halved = tmp_path / "whole.mp4", tmp_path / "halved.mp4"
-    assert call(folder, whole, "--png") == 0
+    assert call(folder, whole, *flags, "--png") == 0
     step, calls = WanPipeline.step, []
 
     def interrupted(self, request, conditions, index, *rest, **options):
@@ -72,13 +74,13 @@ def test_interrupted_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, caps
         return step(self, request, conditions, index, *rest, **options)
 
     monkeypatch.setattr(WanPipeline, "step", interrupted)
-    assert call(folder, halved, "--png") == 130
+    assert call(folder, halved, *flags, "--png") == 130
     assert "--resume" in capsys.readouterr().err
     assert not halved.exists()
 
-    assert call(folder, halved, "--png") == 2
+    assert call(folder, halved, *flags, "--png") == 2
     assert "--resume" in capsys.readouterr().err
-    assert call(folder, halved, "--resume", "--seed", "1") == 2
+    assert call(folder, halved, *flags, "--resume", "--seed", "1") == 2
     assert "expected seed of 0, got 1" in capsys.readouterr().err
 
     def counted(self, request, conditions, index, *rest, **options):
@@ -90,7 +92,7 @@ def test_interrupted_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(WanPipeline, "step", counted)
     monkeypatch.setattr(WanPipeline, "conditions", no_conditions)
-    assert call(folder, halved, "--png", "--resume") == 0
+    assert call(folder, halved, *flags, "--png", "--resume") == 0
     assert calls == [2, 3]
     for n in range(5):
         expected, got = (tmp_path / name / f"{n:04d}.png" for name in ("whole", "halved"))
@@ -115,6 +117,26 @@ def test_comparison_with_dense(folder, tmp_path, capsys):
     assert read_metadata(out)["psnr"] == 100
 
 
+def test_comparison_of_what_remembers(folder, tmp_path):
+    out = tmp_path / "video.mp4"
+    adaspa = ["--attention", "adaspa", "--warmup-attention", "1", "--block-size", "4"]
+    assert call(folder, out, *adaspa, "--sparsity", "0.5", "--compare", "corrected") == 0
+    certificate = read_metadata(out)["certificate"]
+    assert all(1e-4 < row["max_kl"] for row in certificate)
+
+
+@pytest.mark.slow
+def test_what_has_no_certificate(folder, tmp_path, capsys):
+    out = tmp_path / "video.mp4"
+    flags = "--attention", "corrected", "--dense-layers", "0", "--compare", "dense"
+    assert call(folder, out, *flags) == 0
+    none = {"mean_kl": None, "max_kl": None}
+    first, *others = read_metadata(out)["certificate"]
+    assert first["max_kl"] <= 1e-5
+    assert others == [none, none]
+    assert "    2  no certificate" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_from_an_image(image_folder, tmp_path):
     picture = tmp_path / "first.png"
@@ -135,6 +157,9 @@ def test_dry_run_reads_no_weights(folder, tmp_path, monkeypatch, capsys):
     for wanted in ("load transformer: ", "load text_encoder", "load vae", "steps 1 to 1: Dense",
                    "steps 2 to 4: VMonarch", "peak memory", "FLOPs", "tokens: 12"):  # fmt: skip
         assert wanted in said
+    assert "remembers" not in said
+    assert call(folder, out, "--dry-run", "--attention", "corrected") == 0
+    assert "attention remembers: 0.01 MiB" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -153,6 +178,7 @@ def test_dry_run_reads_no_weights(folder, tmp_path, monkeypatch, capsys):
         (("--dense-layers", "7"), "a layer in"),
         (("--block", "9x9x9"), "`block` must fit the grid"),
         (("--attention", "dense", "--block", "1x2x3"), "no options"),
+        (("--attention", "guided", "--exact-blocks", "99"), "at most the 2 blocks"),
     ],
 )
 def test_mistakes_are_found_before_anything_slow(flags, message, folder, tmp_path, monkeypatch,
