@@ -68,3 +68,16 @@ def test_fidelity(tmp_path):
     for row in others:
         assert math.isfinite(float(row["error"])), row
         assert 0 <= float(row["kl"]) <= float(row["worst_kl"]), row
+
+
+@pytest.mark.slow
+def test_adaspa_ablation(tmp_path):
+    printed = run("adaspa_ablation", "--out", tmp_path)
+    assert (tmp_path / "adaspa_ablation.md").read_text().strip() in printed
+    with (tmp_path / "adaspa_ablation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["variant"] for row in rows}) * 5 == len(rows)  # 5 steps, the first ones dense
+    for row in rows:
+        step, error = int(row["step"]), float(row["error"])
+        assert error < 1e-5 if step < 2 else 0 <= error < math.inf, row
+        assert 0 <= float(row["kl"]) < math.inf, row
