@@ -2,6 +2,7 @@
 
     python -m benchmarks.methods                    # what the record lacks; an hour on two cores
     python -m benchmarks.methods --only salad       # rows whose name has this word, again
+    python -m benchmarks.methods --time             # the times alone, again: on a quiet machine
     python -m benchmarks.methods --report           # table, picture and README from the record
 
 Samples: videos of the shipped tiny DiT from one noise, under each method for all steps, against
@@ -84,10 +85,11 @@ def main(arguments: list[str] | None = None) -> None:
     for entry in chosen:
         if args.only.lower() not in entry.name.lower() or not study.has(entry.weights):
             continue
-        if entry.key in known.get("rows", {}) and not args.only:
+        if (entry.key in known.get("rows", {})) != args.time and not args.only:
             continue
         began = time.perf_counter()
-        row = study.measure(entry)
+        row = known["rows"][entry.key] if args.time else study.measure(entry)
+        row |= {"seconds": study.seconds(entry), "flops_timed": study.flops_timed(entry)}
         print(f"{entry.name}: {time.perf_counter() - began:.0f} s, {row}", flush=True)
         known.setdefault("rows", {})[entry.key] = row
         known |= {"place": timing.place(), "setting": study.setting}
@@ -167,7 +169,6 @@ class Study:
             "kl": float(by_step[plain, 1].mean()),
             "difference": relative_difference(video, own), "psnr": measures.psnr(video, own),
             "from_dense": relative_difference(video, exact),
-            "seconds": self.seconds(entry), "flops_timed": self.flops_timed(entry),
         }  # fmt: skip
 
     def seconds(self, entry: Entry) -> list[float]:
@@ -211,6 +212,7 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=SHIPPED, help="folder of the weights")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="rows whose name has these words, again")
+    parser.add_argument("--time", action="store_true", help="the times of recorded rows, again")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--prompts", type=int, default=4, help="sampled videos, at most 4")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
@@ -218,11 +220,12 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="of the timing")
     parser.add_argument("--quick", action="store_true", help="a micro model: does it run at all?")
     args = parser.parse_args(arguments)
-    args.every, args.timed, args.readme = 1, vm.VideoGrid(21, 15, 26), README
+    args.every, args.timed = 1, vm.VideoGrid(21, 15, 26)
+    args.readme = README if args.out == RESULTS else None
     if args.quick:
         # Random weights of a tiny size: what comes out means nothing, but everything runs.
         args.prompts, args.steps, args.rounds, args.every = 1, 12, 1, 4
-        args.timed, args.readme = vm.VideoGrid(4, 4, 8), None
+        args.timed = vm.VideoGrid(4, 4, 8)
         config = models.CONFIGS["micro"]
         args.load = lambda weights: models.VideoDiT(config, rngs=nnx.Rngs(0))
         return args

@@ -71,14 +71,13 @@ ENTRIES = (
         '`vm.Salad(sparse="top_k")`', lambda grid, size: vm.Salad(sparse="top_k", block_size=size),
     ),
     Entry(
-        "guided", "past the papers", "guided VMonarch",
-        "`vm.Guided(vm.VMonarch(), exact_blocks=2)`",
-        lambda grid, size: vm.Guided(vm.VMonarch(), exact_blocks=2),
+        "guided", "past the papers", "guided tubes", "`vm.Guided(tubes, exact_blocks=4)`",
+        lambda grid, size: vm.Guided(_tubes(grid), exact_blocks=4),
     ),
     Entry(
-        "guided_tubes", "past the papers", "guided tubes",
-        "`vm.Guided(tubes, exact_blocks=4)`",
-        lambda grid, size: vm.Guided(_tubes(grid), exact_blocks=4),
+        "guided_cached", "past the papers", "guided tubes, refreshed every 10 steps",
+        "`vm.Guided(tubes, exact_blocks=4, every=10)`",
+        lambda grid, size: vm.Guided(_tubes(grid), exact_blocks=4, every=10),
     ),
     Entry(
         "corrected", "past the papers", "corrected VMonarch", "`vm.Corrected(vm.VMonarch())`",
