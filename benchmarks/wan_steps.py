@@ -96,16 +96,18 @@ def text(batch: int, sharding: Sharding) -> Step:
 
 
 def decoding(video: tuple[int, int, int], sharding: Sharding) -> Step:
-    """Latents to the video, in float32, a latent frame at a time."""
+    """Latents to the video, in float32, a latent frame at a time; weights of the decoder alone."""
     config = presets.MODELS[MODELS["1.3B"]].vae
     rebuild, params = _abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     whole = sharding.placed()
+    used = {k: x for k, x in params.items() if k.split(".")[0] in ("post_quant", "decoder")}
 
-    def function(params: Any, latents: Any) -> Any:
-        return rebuild(params).decode(latents)
+    def function(used: Any, latents: Any) -> Any:
+        others = {k: jnp.zeros(x.shape, x.dtype) for k, x in params.items() if k not in used}
+        return rebuild({**others, **used}).decode(latents)
 
     latents = (1, *config.latent_size(*video), config.latent_channels)
-    placed = {name: _placed(x, whole) for name, x in params.items()}
+    placed = {name: _placed(x, whole) for name, x in used.items()}
     return Step(function, placed, (_input(sharding, latents, jnp.float32),))
 
 
