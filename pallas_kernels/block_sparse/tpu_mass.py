@@ -42,8 +42,8 @@ def masses(
     blocks = s // block
     # Masses of a step: a whole vector of lanes, and whole tiles of query blocks.
     keys = min(s, LANES * block)
-    shape = {"rows": n, "keys": s, "dim": d}
-    wishes = choose(NAME, shape, q.dtype.name, {"rows": 1024, "keys": 2048}, block_sizes)
+    shape = {"rows": n, "keys": s, "dim": d, "block": block}
+    wishes = choose(NAME, shape, q.dtype.name, {"rows": 2048, "keys": 1024}, block_sizes)
     rows = max(1, wishes["rows"] // (8 * block)) * 8 * block
     rows = n if rows >= n else rows
     chunk = min(keys, max(1, wishes["keys"] // LANES) * LANES)

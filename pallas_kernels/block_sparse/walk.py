@@ -27,9 +27,9 @@ LANES = 128
 
 # Scores of the units that one turn of the loop works on, how many times fewer they are in float32,
 # whose products take six passes, and most units: their addresses are scalar work.
-TURN_SCORES = 2**18
+TURN_SCORES = 2**20
 FLOAT32_SHARE = 8
-TURN_UNITS = 8
+TURN_UNITS = 32
 
 # Indices of a grid step in SMEM, which holds 2^18 words and two steps' indices.
 STEP_INDICES = 2**15
@@ -146,7 +146,8 @@ def make_plan(
 
     `kept` is how many blocks an average row keeps, at most `budget`.
     """
-    wishes = choose(name, shape, jnp.dtype(dtype).name, {"rows": 1024, "keys": 512}, block_sizes)
+    shape = shape | {"block": block, "kept": round(kept * block)}
+    wishes = choose(name, shape, jnp.dtype(dtype).name, {"rows": 2048, "keys": 512}, block_sizes)
     least = max(1, LANES // block)  # blocks that fill a vector of lanes
     width = max(1, round(min(wishes["keys"], budget * block) / (least * block))) * least
     budget = -(-budget // width) * width
