@@ -51,10 +51,11 @@ def guided(query, key, value, chosen, *, grid, block, recompute_frames=0, **sett
     return found._replace(entropies=part.entropies)
 
 
-def curvature(query, key, *, grid, block):
+def curvature(query, key, positions, *, grid, block):
     """Mass times curvature after one iteration, [z, h, m, m]; pair by pair, as its docstring says.
 
-    With one iteration the mean query of block k at position j is the query there.
+    With one iteration the mean query of block k at position j is the query there. The sum is over
+    `positions` of a block.
     """
     place = blocks_of(grid, block)
     part = oracle.monarch_placed(query, key, key, place[None], steps=1, floor=0.0)
@@ -62,7 +63,8 @@ def curvature(query, key, *, grid, block):
     scale, found = query.shape[-1] ** -0.5, np.zeros((*part.lse.shape[::2], *[len(place)] * 2))
     for z, h, l, k in np.ndindex(found.shape):
         keys = key[z, place[k], h]
-        for j, row in enumerate(place[l]):
+        for j in positions:
+            row = place[l, j]
             weight = part.matrix[z, h, row, place[k]]
             share = weight / weight.sum()
             mean = share @ keys

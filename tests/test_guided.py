@@ -1,5 +1,7 @@
 """Guided attention against its float64 oracle: gaps, choices, certificate, memory between steps."""
 
+import dataclasses
+
 import chex
 import guided_oracle
 import jax
@@ -11,7 +13,8 @@ from compiling import jit
 from tolerances import assert_close
 
 import vmonarch_jax as vm
-from vmonarch_jax.guided_attention import attend_chosen, kernel_block
+from vmonarch_jax import dispatch
+from vmonarch_jax.guided_attention import attend_chosen
 
 GRID = (4, 3, 2)
 SIZES = {"batch": 2, "heads": 2, "head_dim": 4}
@@ -200,27 +203,31 @@ def test_every_block_exact_is_dense(method, options):
         assert_close(got, want, "float32", "gradient")
 
 
-@pytest.mark.parametrize("options", ["reference", "xla-chunked"])
-def test_without_a_schedule_the_choice_is_by_mass_times_curvature(options):
+@pytest.mark.parametrize(
+    ("options", "grid", "positions"),
+    [("reference", GRID, range(4)), ("xla-chunked", (8, 3, 1), (1, 3, 5, 7))],
+)
+def test_without_a_schedule_the_choice_is_by_mass_times_curvature(options, grid, positions):
+    """Long blocks are looked at in some positions only."""
     options = OPTIONS[options]
     q, k, v = arrays()
-    method = vm.VMonarch(steps=1, block=(4, 1, 1), recompute_frames=0)
-    scores = guided_oracle.curvature(q, k, grid=GRID, block=method.block)
-    _, chosen = choice_of(scores, 2)
+    method = vm.VMonarch(steps=1, block=(grid[0], 1, 1), recompute_frames=0)
+    scores = guided_oracle.curvature(q, k, positions, grid=grid, block=method.block)
+    indices, chosen = choice_of(scores, 2)
     guided = vm.Guided(method, exact_blocks=2)
-    assert vm.init_state(guided, GRID, **SIZES) is None
-    cut = guided.tiling(vm.VideoGrid(*GRID))
-    indices = jnp.asarray(choice_of(scores, 2)[0])
+    assert vm.init_state(guided, grid, **SIZES) is None
+    cut = guided.tiling(vm.VideoGrid(*grid))
 
     def guessed(q):
-        out = guided(q, k, v, grid=GRID, **options)
+        out = guided(q, k, v, grid=grid, **options)
         return out.sum(), out
 
     def fixed(q):
-        return attend_chosen(method, 2, q, k, v, cut, indices, **options).out.sum()
+        return attend_chosen(method, 2, q, k, v, cut, jnp.asarray(indices), **options).out.sum()
 
     (_, out), gradient = jit(jax.value_and_grad(guessed, has_aux=True))(q)
-    expected = guided_oracle.guided(q, k, v, chosen, **settings_of(method))
+    kept = {"steps": 1, "floor": method.c_r_floor, "grid": grid, "block": method.block}
+    expected = guided_oracle.guided(q, k, v, chosen, **kept)
     assert_close(out, expected.out, "float32", "forward")
     # A guess has no gradient, so the same blocks as constants give the same one.
     chex.assert_trees_all_close(gradient, jit(jax.grad(fixed))(q), atol=1e-5)
@@ -272,18 +279,54 @@ def test_choices_last_until_the_next_refresh():
             chex.assert_trees_all_equal(state, known[number])
 
 
-def test_large_blocks_are_cut_for_the_kernel():
-    assert [kernel_block(b) for b in (16, 120, 128, 1560, 3520)] == [16, 120, 128, 120, 88]
-    assert [kernel_block(b) for b in (7, 250, 1009)] == [7, 125, 1009]
-    grid, method = (2, 10, 25), vm.VMonarch(recompute_frames=0)
+def test_blocks_that_suit_no_block_sparse_kernel():
+    """Long ones, and those that a kernel declines, go through dense attention's kernel instead."""
+    grid, method = (3, 10, 27), vm.VMonarch()
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, 500, 1, 4)), jnp.float32) for _ in range(3))
-    chosen = np.eye(2, dtype=bool)[::-1][None, None]
-    guided = vm.Guided(method, every=2)
-    state = state_of([[[[1], [0]]]])
-    out, _ = jit(lambda q: guided(q, k, v, grid=grid, state=state, step=1))(q)
-    kept = {"steps": 2, "floor": 0.1, "grid": grid, "block": (1, 10, 25)}
-    assert_close(out, guided_oracle.guided(q, k, v, chosen, **kept).out, "float32", "forward")
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 810, 1, 4)), jnp.float32) for _ in range(3))
+    kept = {"steps": 2, "floor": 0.1, "grid": grid, "block": (1, 10, 27)}
+    guided = vm.Guided(method, 2, every=2)
+    fresh = vm.init_state(guided, grid, batch=1, heads=1, head_dim=4)
+    out, state = jit(lambda *x: guided(*x, grid=grid, state=fresh, step=0))(q, k, v)
+    assert_close(out, oracle.dense(q, k, v).out, "float32", "forward")
+    indices, chosen = choice_of(guided_oracle.gap(q, k, v, **kept), 2)
+    np.testing.assert_array_equal(state.indices, indices)
+    known = state_of(indices)
+
+    def total(*x):
+        out, lse = guided(*x, grid=grid, state=known, step=1, return_lse=True)[0]
+        return out.sum() + lse.sum(), (out, lse)
+
+    (_, (out, lse)), gradient = jit(jax.value_and_grad(total, has_aux=True))(q, k, v)
+    expected = guided_oracle.guided(q, k, v, chosen, recompute_frames=1, **kept)
+    assert_close(out, expected.out, "float32", "forward")
+    assert_close(lse, expected.lse, "float32", "lse")
+    assert np.isfinite(np.asarray(gradient)).all()
+
+
+@pytest.mark.parametrize("block", [(4, 1, 1), (1, 3, 2)], ids=["tubes", "frames"])
+def test_a_backend_whose_block_kernels_decline(block, monkeypatch):
+    """The same choice, output and gradients through the other kernels."""
+    q, k, v = arrays()
+    guided = vm.Guided(vm.VMonarch(block=block), exact_blocks=2, every=3)
+    fresh = vm.init_state(guided, GRID, **SIZES)
+
+    def steps(q):
+        _, state = guided(q, k, v, grid=GRID, state=fresh, step=0)
+        part, _ = guided(q, k, v, grid=GRID, state=state, step=1, return_lse=True)
+        return part.out.sum() + part.lse.sum(), (part, state)
+
+    def run():
+        return jit(jax.grad(steps, has_aux=True))(q)
+
+    expected = run()
+
+    def declines(*arrays, **settings):
+        raise NotImplementedError("blocks of another size")
+
+    other = dataclasses.replace(dispatch.XLA, block_sparse=declines, block_mass=declines)
+    monkeypatch.setitem(dispatch.BACKENDS, "xla", lambda: other)
+    chex.assert_trees_all_close(run(), expected, atol=2e-5)
 
 
 def test_flops_count_every_product():
@@ -299,7 +342,8 @@ def test_flops_count_every_product():
     exact = 2 * 4 * (6 * 6) * 7  # each of 4 query blocks: scores and averages with one key block
     assert count(every=2) == count(every=2, step=1) == plain + exact
     assert count(every=2, exact_blocks=3) == plain + 3 * exact
-    assert count() == plain + exact + 2 * 6 * 4 * 4 * 4  # distances of 6 positions of 4 x 4 pairs
+    # Two products for 4 x 4 pairs of blocks at all of 6 positions.
+    assert count() == plain + exact + 2 * (2 * 6 * 4 * 4 * 4)
     factors = 2 * (2 * (2 * 4 * 36 * 4)) + 2 * 2 * 96 * 4 + 2 * 96 * 4
     refresh = 2 * 24 * 24 * 7 + 2 * 24 * 24 * 4 + factors
     assert count(every=2, step=0) == count(every=2, step=4) == refresh

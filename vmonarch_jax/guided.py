@@ -12,7 +12,7 @@ from .block_sparse import top_blocks
 from .dispatch import Implementation
 from .grid import Shape3, Tiling, VideoGrid, positive_int
 from .guided_attention import attend_chosen, dense_blocks
-from .guided_gap import dense_gap
+from .guided_gap import dense_gap, sampled_positions
 from .memory import Step, by_phase
 from .methods import Dense, VMonarch
 from .parts import Part
@@ -202,7 +202,8 @@ class Guided:
         """Matmul FLOPs of a step, all heads; without a step, of an ordinary one.
 
             ordinary    the method's + 2 r b^2 (d + e) for each query block that is not dense anyway
-            guess       2 b m^2 d more for the distances of the curvature, without a schedule
+            guess       4 p m^2 d more without a schedule, for the logits and the distances at p of
+                        the b positions (`guided_gap.sampled_positions`)
             refresh     dense 2 N^2 (d + e), its masses 2 N^2 d, and the gap: the method without
                         values, 4 d P and 4 d S an iteration but 2 d S in the last one
 
@@ -225,7 +226,8 @@ class Guided:
             return count
         rows = m - int(dense_blocks(cut, dense_frames).sum())
         count += 2 * rows * self.exact_blocks * b**2 * (d + e) * heads
-        return count if self.scheduled else count + 2 * b * m**2 * d * heads
+        guess = 4 * len(range(b)[sampled_positions(b)]) * m**2 * d * heads
+        return count if self.scheduled else count + guess
 
     def notes(self, grid: Any, *, heads: int, head_dim: int, **sizes: Any) -> list[str]:
         """What `vm.explain` says of it: the exact share, and where the choice comes from."""

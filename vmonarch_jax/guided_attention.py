@@ -1,5 +1,6 @@
 """Guided attention with its blocks chosen: an exact part and a Monarch part, merged."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ from .monarch import monarch_factors
 from .parts import Part, merge_attention
 from .video import token_rows
 
-# Tokens of the blocks that the block-sparse kernels work on; larger Monarch blocks are cut.
-KERNEL_BLOCK = 128
+# Largest Monarch block, in tokens, that goes to the block-sparse kernel.
+KERNEL_BLOCK = 256
 
 
 def attend_chosen(
@@ -57,8 +58,8 @@ def attend_chosen(
             indices, _ = top_blocks(gap, exact_blocks)
         else:  # heads are the third axis, as `by_heads` wants it
             indices = indices.swapaxes(1, 2).reshape(-1, m, exact_blocks)
-        counts = np.where(dense_blocks(cut, frames), 0, exact_blocks)
-        exact = _exact_part(backend, q4, k4, v4, indices, counts, **exactly)
+        left = np.flatnonzero(~dense_blocks(cut, frames))
+        exact = _exact_part(backend, q4, k4, v4, indices, left, **exactly)
         left_out = jnp.put_along_axis(
             jnp.zeros((*indices.shape[:2], m), bool), indices, True, axis=-1, inplace=False
         )
@@ -80,12 +81,12 @@ def attend_chosen(
     masks = None if indices is None else indices.swapaxes(1, 2)
     arrays = (query, key, value)
 
-    def call(backend: Backend) -> Part:
-        if backend.block_sparse is None:
-            raise NotImplementedError(f"{backend.name!r} has no block-sparse kernel")
-        return by_heads(heads, arrays, masks, scores=scores, backend=backend, block_sizes=sizes)
-
-    return dispatch(implementation, call)
+    return dispatch(
+        implementation,
+        lambda backend: by_heads(
+            heads, arrays, masks, scores=scores, backend=backend, block_sizes=sizes
+        ),
+    )
 
 
 def _exact_part(
@@ -94,35 +95,40 @@ def _exact_part(
     k: Float[Array, "g m b d"],
     v: Float[Array, "g m b e"],
     indices: Int[Array, "g m r"],
-    counts: Int[np.ndarray, " m"],
+    rows: Int[np.ndarray, " rows"],
     *,
     scale: float,
     block_sizes: BlockSizes,
 ) -> Part:
-    """Exact attention of every query block on its key blocks, through the block-sparse kernel."""
+    """Exact attention of the query blocks `rows` on their key blocks; nothing for the others."""
     groups, m, b, _ = q.shape
-    block = kernel_block(b)
-    parts = b // block
-    # Key block k is `parts` neighbouring ones of the kernel's, and each of the query block's own
-    # attends to all of them.
-    indices = indices[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)
-    indices = jnp.repeat(indices.reshape(groups, m, -1), parts, axis=1)
-    lengths = jnp.broadcast_to(np.repeat(counts * parts, parts), indices.shape[:2])
-    assert backend.block_sparse is not None  # the caller has looked
-    out, lse = backend.block_sparse(
-        *(x.reshape(groups, m * b, x.shape[-1]) for x in (q, k, v)), indices,
-        lengths.astype(jnp.int32),
-        block=block, length=m * b, scale=scale, block_sizes=block_sizes,
+    keep = indices.shape[-1]
+    if b <= KERNEL_BLOCK and backend.block_sparse is not None:
+        counts = np.zeros(m, np.int32)
+        counts[rows] = keep
+        flat = (x.reshape(groups, m * b, x.shape[-1]) for x in (q, k, v))
+        with contextlib.suppress(NotImplementedError):  # then dense attention's kernel serves
+            out, lse = backend.block_sparse(
+                *flat, indices, jnp.broadcast_to(counts, (groups, m)),
+                block=b, length=m * b, scale=scale, block_sizes=block_sizes,
+            )  # fmt: skip
+            return Part(out.reshape(groups, m, b, -1), lse.reshape(groups, m, b))
+    # Long blocks fill the dense kernel by themselves, and need not suit the block-sparse one: their
+    # key blocks are laid side by side, r times k and v.
+    chosen = indices[:, rows]
+
+    def beside(x: Any) -> Any:
+        x = jnp.take_along_axis(x[:, None], chosen[..., None, None], axis=2)
+        return x.reshape(groups * len(rows), keep * b, x.shape[-1])
+
+    (out,), lse = backend.attend(
+        q[:, rows].reshape(-1, *q.shape[2:]), beside(k), (beside(v),),
+        scale=scale, block_sizes=block_sizes,
     )  # fmt: skip
-    return Part(out.reshape(groups, m, b, -1), lse.reshape(groups, m, b))
-
-
-def kernel_block(b: int) -> int:
-    """The largest divisor of b up to `KERNEL_BLOCK`, a multiple of 8 (as TPUs want) if any is."""
-    divisors = [n for n in range(1, min(b, KERNEL_BLOCK) + 1) if b % n == 0]
-    block = max(divisors, key=lambda n: (n % 8 == 0, n))
-    # A block with no divisor worth the name stays whole: tiny ones would cost more than they save.
-    return block if block >= 8 else b
+    whole = jnp.zeros((groups, m, b, v.shape[-1]), v.dtype)
+    nothing = jnp.full((groups, m, b), -jnp.inf, lse.dtype)
+    out = out.astype(v.dtype).reshape(groups, len(rows), b, -1)
+    return Part(whole.at[:, rows].set(out), nothing.at[:, rows].set(lse.reshape(groups, -1, b)))
 
 
 def dense_blocks(cut: Tiling, frames: tuple[int, ...]) -> Bool[np.ndarray, " m"]:

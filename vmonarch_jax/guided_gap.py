@@ -8,6 +8,7 @@ sums to `sum_j (1 - exp(-KL))` of the rows' divergences, and making a set of blo
 exactly their gaps away from it: the largest ones are the best choice.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,9 @@ from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.numerics import accumulator, precision
 
 from . import checks
-from .block_sparse import dense_attention_mass
 from .dispatch import Backend, Implementation, dispatch
 from .grid import Tiling
-from .heads import by_heads
+from .heads import by_heads, dense_part
 from .methods import VMonarch
 from .monarch import monarch_factors
 from .parts import Part
@@ -41,38 +41,53 @@ def dense_gap(
 ) -> tuple[Part, Float[Array, "batch heads query_blocks key_blocks"]]:
     """Dense attention, and the gap of `method` in every pair of its blocks."""
     settings, sizes = monarch_settings(method, query), checks.block_sizes_of(block_sizes)
+    exactly = {"scale": settings["scale"], "block_sizes": sizes}
     _, m, b = cut.sizes
 
-    def blocks_first(x: Any) -> Any:
-        x = cut.split(x.swapaxes(1, 2))
-        return x.reshape(*x.shape[:2], m * b, -1).swapaxes(1, 2)
+    def call(plain: Backend) -> tuple[Part, Any]:
+        def heads(backend: Backend, q: Any, k: Any, v: Any, masks: Any) -> tuple[Part, Any]:
+            del masks
+            part, lead = dense_part(backend, q, k, v, None, **exactly), q.shape[:2]
+            known = jax.lax.stop_gradient((q, k, part.lse[..., None]))
+            q, k, lse = (cut.split(x).reshape(-1, m, b, x.shape[-1]) for x in known)
+            # No gradient, so nothing for a backend that keeps results to keep.
+            mass = _dense_mass(plain, q, k, lse[..., 0], **exactly)
+            on = {**settings, "backend": plain, "block_sizes": sizes}
+            _, r = monarch_factors(q, k, None, None, None, **on)
+            gap = mass - monarch_mass(q, r.al, r.cl, lse[..., 0], block_sizes=sizes)
+            return part, gap.reshape(*lead, m, m)
 
-    def tokens_first(x: Any) -> Any:
-        x = x.swapaxes(1, 2)
-        return cut.join(x.reshape(*x.shape[:2], 1, m, b, -1)).swapaxes(1, 2)
+        arrays, scores = (query, key, value), cut.grid.tokens**2
+        return by_heads(heads, arrays, None, scores=scores, backend=plain, block_sizes=sizes)
 
-    q, k, v = (blocks_first(x) for x in (query, key, value))
-    how = {"implementation": implementation, "block_sizes": sizes}
-    out, lse, mass = dense_attention_mass(q, k, v, b, scale=settings["scale"], **how)
+    part, gap = dispatch(implementation, call)
+    return part, jax.lax.stop_gradient(gap.swapaxes(1, 2))
 
-    def heads(backend: Backend, q: Any, k: Any, lse: Any, masks: Any) -> Any:
-        del masks
-        lead = q.shape[:2]
-        q, k, lse = (x.reshape(-1, m, b, x.shape[-1]) for x in (q, k, lse))
-        on = {**settings, "backend": backend, "block_sizes": sizes}
-        _, r = monarch_factors(q, k, None, None, None, **on)
-        found = monarch_mass(q, r.al, r.cl, lse[..., 0], block_sizes=sizes)
-        return found.reshape(*lead, m, m)
 
-    arrays = jax.lax.stop_gradient((q, k, lse[..., None]))
-    found = dispatch(
-        implementation,
-        lambda backend: by_heads(
-            heads, arrays, None, scores=cut.scores, backend=backend, block_sizes=sizes
-        ),
-    )
-    part = Part(tokens_first(out), tokens_first(lse[..., None])[..., 0])
-    return part, jax.lax.stop_gradient(mass - found.swapaxes(1, 2))
+def _dense_mass(
+    backend: Backend,
+    q: Float[Array, "g m b d"],
+    k: Float[Array, "g m b d"],
+    lse: Float[Array, "g m b"],
+    *,
+    scale: float,
+    block_sizes: BlockSizes,
+) -> Float[Array, "g m m"]:
+    """The dense weight of every pair of blocks: `vm.block_mass`, in blocks of any size."""
+    groups, m, b, d = q.shape
+    q, lse = q.reshape(groups, m * b, d), lse.reshape(groups, m * b)
+    if backend.block_mass is not None:
+        with contextlib.suppress(NotImplementedError):  # then dense attention's kernel serves
+            return backend.block_mass(
+                q, k.reshape(q.shape), lse,
+                block=b, length=m * b, scale=scale, block_sizes=block_sizes,
+            )  # fmt: skip
+
+    def one(k: Any) -> Any:  # the log-sum-exp over one key block; one column of values is little
+        _, own = backend.attend(q, k, (k[..., :1],), scale=scale, block_sizes=block_sizes)
+        return jnp.exp(own - lse).reshape(groups, m, b).sum(-1)
+
+    return jnp.moveaxis(jax.lax.map(one, k.swapaxes(0, 1)), 0, -1)
 
 
 def monarch_settings(method: VMonarch, query: Any) -> dict[str, Any]:
@@ -118,8 +133,11 @@ def curvature_gap(
     The second-order term of `lse_true - F` is `1/2 x^T C x` with `x = scale (q - qt)` and C the
     covariance of the keys under R. Here C is taken for a multiple of the identity, and its trace
     for `mean_i |K[k,i]|^2 - |sum_i R K|^2`: keys of a block have nearly one length, always so
-    after QK-norm. It costs one product of the size of an L step.
+    after QK-norm. Over `sampled_positions` alone, which choose as well as all of them; then the two
+    products cost half of one of an L step.
     """
+    some = sampled_positions(q.shape[2])
+    q, qt, al, cl = (x[:, :, some] for x in (q, qt, al, cl))
     wide = accumulator(q.dtype)
     squares = jnp.square(k.astype(wide)).sum(-1).mean(-1)[..., None]  # [g, M, 1]
     mean = jnp.square(al.astype(wide)).sum(-1) / scale**2
@@ -133,6 +151,12 @@ def curvature_gap(
         return (weights * jnp.maximum(far, 0) * spread.swapaxes(1, 2)[:, None]).sum(2)
 
     return _over_positions(guess, block_sizes, q, qt, al, cl, spread)
+
+
+def sampled_positions(b: int) -> slice:
+    """Every fourth position of a block, or more of them where fewer than four would be left."""
+    stride = max(1, min(4, b // 4))
+    return slice(stride // 2, None, stride)
 
 
 def _logits(q: Any, al: Any, cl: Any) -> Float[Array, "g m n M"]:

@@ -57,9 +57,10 @@ def phase_of(
         if is_refresh(whole("step", step), refresh_steps, every):
             return REFRESH
         # In NumPy: inside of `jit` JAX would make a traced value even of a known one.
-        if not isinstance(filled, jax.core.Tracer) and filled.is_fully_addressable:
-            return ORDINARY if np.asarray(filled).all() else REFRESH
-        return jnp.where(filled.all(), ORDINARY, REFRESH)
+        traced = isinstance(filled, jax.core.Tracer)
+        if traced or not getattr(filled, "is_fully_addressable", True):
+            return jnp.where(filled.all(), ORDINARY, REFRESH)
+        return ORDINARY if np.asarray(filled).all() else REFRESH
     if step.ndim or not jnp.issubdtype(step.dtype, jnp.integer):
         raise ValueError(f"`step` must be an integer scalar, got {step.dtype} {step.shape}")
     if every is None:
