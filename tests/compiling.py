@@ -1,6 +1,9 @@
-"""A `jax.jit` that compiles six times faster on CPU, for tests that run each program once."""
+"""Quick compiling, six times faster on CPU, for tests that run each program once."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +33,22 @@ def options():
 
 def jit(function, **keywords):
     return jax.jit(function, compiler_options=options(), **keywords)
+
+
+def quicken():
+    """Makes the quick options those of this process, of its children and of all that they compile.
+
+    On CPU by name alone: another backend, and the TPU compiler of `make aot`, have what they always
+    have. XLA ends a process that has a flag which it does not know, so a child finds out.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if os.environ.get("JAX_PLATFORMS") != "cpu" or "AOT" in os.environ or "xla_llvm" in flags:
+        return
+    known = subprocess.run(
+        [sys.executable, __file__], stdout=subprocess.PIPE, text=True, check=True
+    )
+    os.environ["XLA_FLAGS"] = f"{flags} {known.stdout}".strip()
+
+
+if __name__ == "__main__":
+    print(*(f"--{name}={str(value).lower()}" for name, value in options().items()))

@@ -1,7 +1,11 @@
 """Fixtures of all tests."""
 
 import pytest
+from compiling import quicken
 from vmonarch_jax.pallas_kernels.tpu.mode import interpreted
+
+# Before any test asks JAX for a device: flags are read once.
+quicken()
 
 
 @pytest.fixture

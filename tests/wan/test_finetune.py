@@ -329,7 +329,7 @@ def test_four_devices_do_as_one(places, tmp_path, full):
     program = "import sys; from vmonarch_jax.models import cli; sys.exit(cli.main(sys.argv[1:]))"
     common = ["--weights", places / "wan", "--size", "48x32", "--frames", "5"]
     common += ["--dtype", "float32", "--quiet", "--mesh", "data=2,fsdp=2", "--out"]
-    devices = "--xla_force_host_platform_device_count=4"
+    devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
     # twice: the second call finds a whole run, whose parameters lie on the mesh
     for _ in range(2):

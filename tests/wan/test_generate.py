@@ -220,7 +220,8 @@ def test_two_devices_make_the_video_of_one(folder, tmp_path):
     arguments = ["--weights", folder, "--out", tmp_path / "two.mp4", "--mesh", "data=2", "--png"]
     arguments += ["--prompt", "a red fox runs in snow", "--size", "48x32", "--frames", "5"]
     arguments += ["--steps", "4", "--dtype", "float32", "--compare", "dense"]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": devices}
     command = [sys.executable, "-m", "vmonarch_jax.models.cli", "generate", *map(str, arguments)]
     subprocess.run(command, env=environment, check=True)
     for n in range(5):
