@@ -5,13 +5,17 @@ import operator
 
 import jax
 
+from .gpu import mode
+
 # Scores that a chunk may hold: 1 MiB of float32 stays in a CPU core's own cache;
 # an accelerator wants enough rows at once to fill its matrix units.
 CPU_SCORES = 2**18
 ACCELERATOR_SCORES = 2**26
 
-# A heads-major copy of q beyond this is made a tenth of the heads at a time.
+# A heads-major copy of q beyond this is made a tenth of the heads at a time. A GPU wants more rows
+# at once, and has more memory.
 COPY_BYTES = 2**28
+GPU_COPY_BYTES = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +31,8 @@ class BlockSizes:
         tpu_positions: positions of a block that a TPU kernel's L step takes at a time.
         tpu_tiles: query tiles that the fused tiled kernel takes at a time.
         copy_bytes: a tenth of the heads is computed at a time where a heads-major copy of one of
-            the inputs would be larger than this; `None` takes 256 MiB. Kernels that keep no
-            scores in memory go by it, "xla" by `xla_scores`.
+            the inputs would be larger than this; `None` takes 256 MiB, and 512 MiB on a GPU.
+            Kernels that keep no scores in memory go by it, "xla" by `xla_scores`.
 
     The TPU fields are wishes, rounded to what the chip can do; `None` takes the tuned table's.
 
@@ -59,8 +63,13 @@ class BlockSizes:
         """Largest chunk of scores, in elements, resolved for the default device."""
         if self.xla_scores is not None:
             return self.xla_scores
-        return CPU_SCORES if jax.default_backend() == "cpu" else ACCELERATOR_SCORES
+        if jax.default_backend() == "cpu" and not mode.compiling_ahead():
+            return CPU_SCORES
+        return ACCELERATOR_SCORES
 
     def bytes(self) -> int:
         """Largest heads-major copy of an input, in bytes."""
-        return COPY_BYTES if self.copy_bytes is None else self.copy_bytes
+        if self.copy_bytes is not None:
+            return self.copy_bytes
+        on_gpu = jax.default_backend() == "gpu" or mode.compiling_ahead()
+        return GPU_COPY_BYTES if on_gpu else COPY_BYTES

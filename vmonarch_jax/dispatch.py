@@ -67,6 +67,20 @@ def _pallas_tpu() -> Backend:
     )  # fmt: skip
 
 
+def _cudnn() -> Backend:
+    from vmonarch_jax.pallas_kernels.gpu import cudnn
+
+    reason = cudnn.unavailable()
+    if reason:
+        raise NotImplementedError(reason)
+    from vmonarch_jax.pallas_kernels.attend import cudnn as attend
+    from vmonarch_jax.pallas_kernels.r_step import cudnn as r_step
+
+    return dataclasses.replace(
+        XLA, name="cudnn", attend=attend.attend, r_step=r_step.r_step, loops=False, keeps=True
+    )
+
+
 REFERENCE = Backend(
     "reference", attend_reference.attend, r_reference.r_step, l_reference.middle, l_reference.last,
     block_sparse=sparse_reference.block_sparse, block_mass=sparse_reference.block_mass,
@@ -83,7 +97,7 @@ BACKENDS: dict[str, Callable[[], Backend] | None] = {
     "xla": lambda: XLA,
     "pallas_tpu": _pallas_tpu,
     "pallas_gpu": None,
-    "cudnn": None,
+    "cudnn": _cudnn,
 }
 
 # Tried in turn when the caller names none. "reference" is quadratic in memory: by name only.

@@ -1,0 +1,165 @@
+"""`attend` by cuDNN's flash attention: a call for each of the values, keys split for few rows."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..block_sizes import BlockSizes
+from ..gpu import cudnn
+
+Part = tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]
+
+# Where a row of the output's gradient is too short to carry the gradient of its log-sum-exp, a
+# row of this length, relative to that gradient, stands in for it.
+SHORT = 2.0**-10
+
+
+def attend(
+    q: Float[Array, "g n d"],
+    k: Float[Array, "g s d"],
+    values: tuple[Float[Array, "g s d"], ...],
+    *,
+    scale: float,
+    bias: Float[Array, "g s"] | None = None,
+    mask: Bool[Array, "g s"] | None = None,
+    gains: tuple[float, ...] | None = None,
+    known: Part | None = None,
+    block_sizes: BlockSizes,
+) -> Part:
+    """`(outs, lse)`, outs in the dtype of the values, lse in float32.
+
+        lse[g,n] = logsumexp_s (scale q . k) ;  out = gain * sum_s exp(x - lse) values
+
+    `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
+    then, but the gradient is still that of the attention.
+
+    Raises:
+        NotImplementedError: for a bias, a mask, or what else cuDNN can't do: it takes a bias of
+            all pairs of rows and keys only, which would be quadratic in memory.
+    """
+    del block_sizes
+    if bias is not None or mask is not None:
+        raise NotImplementedError("takes no bias or mask of single keys")
+    values = tuple(values)
+    cudnn.check(q[None], k[None], values)
+    gains = tuple(map(float, gains or (1.0,) * len(values)))
+    parts = cudnn.split_keys(q.shape[0], q.shape[1], k.shape[1])
+    known = jax.lax.stop_gradient(known)
+    return _attend(float(scale), gains, parts, q, k, values, known)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(scale, gains, parts, q, k, values, known):
+    if known is not None:
+        return known
+    # Without values the log-sum-exp alone is wanted; cuDNN has no call for that.
+    found = [_one(q, k, v, scale, parts) for v in values or (k,)]
+    outs = tuple(scaled(out, gain) for (out, _), gain in zip(found, gains, strict=False))
+    return outs, found[0][1]
+
+
+def _one(q: Array, k: Array, v: Array, scale: float, parts: int) -> tuple[Array, Array]:
+    """One call; parts of the keys are more groups, merged afterwards."""
+    if parts == 1:
+        out, lse = cudnn.forward(q[None], k[None], v[None], scale)
+        return out[0], lse[0]
+    q = jnp.broadcast_to(q[:, None], (q.shape[0], parts, *q.shape[1:]))
+    k, v = (x.reshape(x.shape[0], parts, -1, x.shape[-1]) for x in (k, v))
+    out, lse = cudnn.forward(q, k, v, scale)
+    top = lse.max(1, keepdims=True)
+    weights = jnp.exp(lse - top)
+    total = weights.sum(1)
+    merged = jnp.einsum("gpn,gpnd->gnd", weights, out.astype(lse.dtype)) / total[..., None]
+    return merged.astype(v.dtype), top[:, 0] + jnp.log(total)
+
+
+def _forward(scale, gains, parts, q, k, values, known):
+    part: Any = _attend(scale, gains, parts, q, k, values, known)
+    return part, (q, k, values, part)
+
+
+def _backward(scale, gains, parts, saved: Any, gradient: Any):
+    del parts  # the backward pass has a block of threads for every few keys already
+    q, k, values, (outs, lse) = saved
+    douts, dlse = gradient
+    dq, dk, dvalues = backward(
+        q[None], k[None], tuple(v[None] for v in values),
+        tuple(out[None] for out in outs), lse[None], tuple(x[None] for x in douts), dlse[None],
+        scale=scale, gains=gains,
+    )  # fmt: skip
+    return dq[0], dk[0], tuple(dv[0] for dv in dvalues), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def backward(
+    q: Float[Array, "x y n d"],
+    k: Float[Array, "x y s d"],
+    values: tuple[Float[Array, "x y s d"], ...],
+    outs: tuple[Float[Array, "x y n d"], ...],
+    lse: Float[Array, "x y n"],
+    douts: tuple[Float[Array, "x y n d"], ...],
+    dlse: Float[Array, "x y n"],
+    *,
+    scale: float,
+    gains: tuple[float, ...],
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """`(dq, dk, dvalues)`, a call for each of the values; `outs` are those with their gains.
+
+    The gradient of the log-sum-exp is one more term of each row's shift, which cuDNN takes from
+    `dout . out`:
+
+        dx = p (dout . v - dout . out + dlse)
+
+    so it enters through the `out` of the first call: `out - dlse dout / |dout|^2`.
+    """
+    if not values:
+        values, gains = (k,), (1.0,)
+        outs = douts = (jnp.zeros_like(q),)
+    dq, dk, dvalues = [], [], []
+    for number, (v, out, dout, gain) in enumerate(zip(values, outs, douts, gains, strict=True)):
+        out, dout = scaled(out, 1 / gain), scaled(dout.astype(v.dtype), gain)
+        if number == 0:
+            out, dout = shifted(out, dout, dlse)
+        of_q, of_k, of_v = cudnn.backward(q, k, v, lse, out, dout, scale)
+        dq.append(of_q)
+        dk.append(of_k)
+        dvalues.append(of_v)
+    return added(dq), added(dk), tuple(dvalues)
+
+
+def shifted(out: Array, dout: Array, dlse: Array) -> tuple[Array, Array]:
+    """`(out, dout)` with `dout . out` less by dlse."""
+    wide = dlse[..., None]
+    rows = dout.astype(wide.dtype)
+    square = jnp.square(rows).sum(-1, keepdims=True)
+    # Of length |dlse| SHORT: what it adds to the gradient is below what rounding does.
+    stand_in = jnp.abs(wide) * (SHORT * out.shape[-1] ** -0.5)
+    # Where nothing flows into the log-sum-exp the compiler sees that all this is nothing.
+    short = (wide != 0) & (square < jnp.square(stand_in) * out.shape[-1])
+    rows = jnp.where(short, stand_in, rows)
+    square = jnp.where(short, jnp.square(stand_in) * out.shape[-1], square)
+    shift = jnp.where(wide == 0, 0, wide / jnp.where(square > 0, square, 1)) * rows
+    return (out.astype(wide.dtype) - shift).astype(out.dtype), rows.astype(dout.dtype)
+
+
+def scaled(x: Array, gain: float) -> Array:
+    """`gain x`, by way of float32."""
+    return (
+        x
+        if gain == 1
+        else (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * gain).astype(x.dtype)
+    )
+
+
+def added(terms: list[Array]) -> Array:
+    """The sum, rounded once."""
+    if len(terms) == 1:
+        return terms[0]
+    wide = jnp.promote_types(terms[0].dtype, jnp.float32)
+    total = functools.reduce(jnp.add, (x.astype(wide) for x in terms))
+    return total.astype(terms[0].dtype)

@@ -1,0 +1,1 @@
+"""What the GPU kernels share: when they can run, how they are launched, products and copies."""

@@ -1,0 +1,250 @@
+"""cuDNN's flash attention, forward and backward, as XLA's custom calls.
+
+`jax.nn.dot_product_attention` reaches the same calls, but it rounds the log-sum-exp to the dtype
+of the output, and drops the gradient that flows into it. Here it stays float32, and the backward
+call is within reach. Arrays are `[x, y, rows, dim]`, x and y any two batch axes, in this order in
+memory: nothing is transposed.
+"""
+
+import contextlib
+import contextvars
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from . import mode
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16"}
+
+# Wider heads need Hopper, and their backward pass a recent cuDNN.
+MOST_DIM = 128
+
+# The kernels' grids count both batch axes in fields of 16 bits.
+MOST_GROUPS = 65_535
+
+# How keys are split: rows of a group that a block of cuDNN's threads takes; keys that make a part
+# worth its merging; the most parts; the share of the multiprocessors' time that is good enough.
+TILE, LEAST_KEYS, MOST_PARTS, BUSY = 128, 1024, 64, 0.9
+
+_FORWARD = "__cudnn$fmhaSoftmax"
+_BACKWARD = "__cudnn$fmhaSoftmaxBackward"
+
+_stand_in: contextvars.ContextVar[Any] = contextvars.ContextVar("cudnn_stand_in", default=None)
+
+
+@contextlib.contextmanager
+def standing_in(forward: Callable[..., Any], backward: Callable[..., Any]) -> Iterator[None]:
+    """Calls traced inside go to functions of the same contract instead, on any device and dtype.
+
+    They are `forward(q, k, v, scale) -> (out, lse)` and
+    `backward(q, k, v, lse, out, dout, scale) -> (dq, dk, dv)`.
+    """
+    token = _stand_in.set((forward, backward))
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
+def unavailable() -> str:
+    """Why cuDNN's attention can't be called here; empty if it can."""
+    if _stand_in.get() is not None or mode.compiling_ahead():
+        return ""
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, and this is a {jax.default_backend()}"
+    device = jax.devices()[0]
+    # AMD's have names such as "gfx942" here.
+    major, dot, _ = str(getattr(device, "compute_capability", "")).partition(".")
+    if not (dot and major.isdigit() and int(major) >= 8):
+        return f"needs an NVIDIA GPU from Ampere on, and this is a {device.device_kind}"
+    return ""
+
+
+def check(q: Array, k: Array, values: tuple[Array, ...]) -> None:
+    """What cuDNN can't do.
+
+    Raises:
+        NotImplementedError: for a dtype, a head dimension or a number of groups out of its reach.
+    """
+    dim = q.shape[-1]
+    for v in values:
+        if v.shape[-1] != dim:
+            raise NotImplementedError(
+                f"the value dimension must equal the head dimension {dim}, got {v.shape[-1]}"
+            )
+    if _stand_in.get() is not None:
+        return
+    if q.dtype.name not in DTYPES or k.dtype != q.dtype:
+        raise NotImplementedError(f"takes {' or '.join(DTYPES)}, got {q.dtype} and {k.dtype}")
+    if dim > MOST_DIM or dim % 8:
+        raise NotImplementedError(
+            f"the head dimension must be a multiple of 8 up to {MOST_DIM}, got {dim}"
+        )
+    if max(q.shape[:2]) > MOST_GROUPS:
+        raise NotImplementedError(f"at most {MOST_GROUPS} groups an axis, got {max(q.shape[:2])}")
+
+
+def forward(
+    q: Float[Array, "x y n d"], k: Float[Array, "x y s d"], v: Float[Array, "x y s d"], scale: float
+) -> tuple[Float[Array, "x y n d"], Float[Array, "x y n"]]:
+    """`(out, lse)`: softmax attention, out in the dtype of v, lse in float32."""
+    stand_in = _stand_in.get()
+    if stand_in is not None:
+        return stand_in[0](q, k, v, scale)
+    return _flat_vmap(_forward, q, k, v, scale=float(scale))
+
+
+def backward(
+    q: Float[Array, "x y n d"],
+    k: Float[Array, "x y s d"],
+    v: Float[Array, "x y s d"],
+    lse: Float[Array, "x y n"],
+    out: Float[Array, "x y n d"],
+    dout: Float[Array, "x y n d"],
+    scale: float,
+) -> tuple[Float[Array, "x y n d"], Float[Array, "x y s d"], Float[Array, "x y s d"]]:
+    """`(dq, dk, dv)`, with the weights computed again from lse.
+
+        p = exp(scale q . k - lse) ;  dx = p (dout . v - dout . out)
+        dq = scale dx k ;  dk = scale dx^T q ;  dv = p^T dout
+
+    `out` is used in `dout . out` alone: another `out` shifts every dx of a row.
+    """
+    stand_in = _stand_in.get()
+    if stand_in is not None:
+        return stand_in[1](q, k, v, lse, out, dout, scale)
+    return _flat_vmap(_backward, q, k, v, lse, out, dout, scale=float(scale))
+
+
+def _forward(q, k, v, *, scale):
+    results = (
+        jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), v.dtype),
+        jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
+        _WORKSPACE,
+    )
+    out, lse, _ = _call(_FORWARD, results, q, k, scale, _PRODUCTS)(q, k, v)
+    return out, lse
+
+
+def _backward(q, k, v, lse, out, dout, *, scale):
+    results = (*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), _WORKSPACE)
+    call = _call(_BACKWARD, results, q, k, scale, _GRADIENT_PRODUCTS)
+    dq, dk, dv, _ = call(q, k, v, lse, dout, out)
+    return dq, dk, dv
+
+
+# XLA finds out how much the call needs and puts it here.
+_WORKSPACE = jax.ShapeDtypeStruct((0,), jnp.uint8)
+
+# The axes that each product contracts, left and right; the first two are batch axes.
+_PRODUCTS = {"bmm1": (3, 3), "bmm2": (3, 2)}
+_GRADIENT_PRODUCTS = {
+    "bmm1_grad_gemm1": (2, 2),
+    "bmm1_grad_gemm2": (3, 2),
+    "bmm2_grad_gemm1": (2, 2),
+    "bmm2_grad_gemm2": (3, 3),
+}
+
+
+def _call(target, results, q, k, scale, products):
+    return jax.ffi.ffi_call(
+        target,
+        results,
+        custom_call_api_version=2,
+        legacy_backend_config=config(q.shape, k.shape[2], q.dtype.name, scale, products),
+    )
+
+
+def config(
+    shape: tuple[int, ...], keys: int, dtype: str, scale: float, products: dict[str, Any]
+) -> str:
+    """What XLA reads about a call: `GpuBackendConfig`, as JSON; its whole numbers are strings."""
+    dimensions = [str(n) for n in (*shape[:3], keys)]
+    settings: dict[str, Any] = {
+        "algorithm": {
+            "algo_id": "0",
+            "math_type": "TENSOR_OP_MATH",
+            "tuning_knobs": {"17": "1", "24": "0"},
+            "is_cudnn_frontend": True,
+            "workspace_size": "0",
+        },
+        "fmha_scale": scale,
+        "intermediate_tensor_shape": {
+            "element_type": DTYPES[dtype],
+            "dimensions": dimensions,
+            "tuple_shapes": [],
+            "layout": {
+                "dim_level_types": [],
+                "dim_unique": [],
+                "dim_ordered": [],
+                "minor_to_major": ["3", "2", "1", "0"],
+                "tiles": [],
+                "element_size_in_bits": "0",
+                "memory_space": "0",
+                "index_primitive_type": "PRIMITIVE_TYPE_INVALID",
+                "pointer_primitive_type": "PRIMITIVE_TYPE_INVALID",
+                "dynamic_shape_metadata_prefix_bytes": "0",
+            },
+            "is_dynamic_dimension": [False] * 4,
+        },
+        "is_flash_attention": True,
+        "mask_type": "NO_MASK",
+    }
+    for name, (left, right) in products.items():
+        settings[f"{name}_dot_dimension_numbers"] = {
+            "lhs_contracting_dimensions": [str(left)],
+            "rhs_contracting_dimensions": [str(right)],
+            "lhs_batch_dimensions": ["0", "1"],
+            "rhs_batch_dimensions": ["0", "1"],
+        }
+    settings |= {
+        "dropout_rate": 0.0,
+        "seed": 42,
+        "sliding_window_length": 0,
+        "max_seg_per_batch": 1,
+        "is_paged_attention": False,
+    }
+    return json.dumps({"operation_queue_id": "0", "cudnn_fmha_backend_config": settings})
+
+
+def _flat_vmap(function: Callable[..., Any], *arrays: Array, scale: float) -> Any:
+    """`function` of arrays; under `vmap` the mapped axis joins the first one."""
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: Array) -> Any:
+        return function(*arrays, scale=scale)
+
+    @call.def_vmap
+    def mapped(size: int, batched: Any, *arrays: Array) -> tuple[Any, Any]:
+        whole = [
+            x if there else jnp.broadcast_to(x, (size, *x.shape))
+            for x, there in zip(arrays, batched, strict=True)
+        ]
+        joined = [x.reshape(-1, *x.shape[2:]) for x in whole]
+        results = _flat_vmap(function, *joined, scale=scale)
+        apart = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
+        return apart, (True,) * len(apart)
+
+    return call(*arrays)
+
+
+def split_keys(groups: int, rows: int, keys: int) -> int:
+    """Into how many parts of equal length to cut the keys so that every multiprocessor has work.
+
+    A call works on `TILE` rows of a group at a time, on one multiprocessor, and goes through all
+    keys there: few rows leave most of the GPU idle, or its last round nearly empty. The parts are
+    other groups, and are merged by their log-sum-exp.
+    """
+    tiles, cores = groups * math.ceil(rows / TILE), mode.multiprocessors()
+
+    def busy(parts: int) -> float:
+        rounds = tiles * parts / cores
+        return rounds / math.ceil(rounds)
+
+    choices = [p for p in range(1, MOST_PARTS + 1) if keys % p == 0 and keys >= p * LEAST_KEYS]
+    return next((p for p in choices if busy(p) >= BUSY), max(choices, key=busy, default=1))

@@ -1,0 +1,84 @@
+"""The R step by cuDNN's flash attention: its values are K, then V, and the entropy is free.
+
+Two calls where a kernel of our own takes one, because cuDNN wants values as wide as the keys.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..attend.cudnn import added, backward, scaled
+from ..block_sizes import BlockSizes
+from ..gpu import cudnn
+from .step import RStep
+
+
+def r_step(
+    qt: Float[Array, "g M n d"],
+    k: Float[Array, "g M b d"],
+    values: tuple[Float[Array, "g M b d"], ...],
+    *,
+    scale: float,
+    keys: Bool[Array, "g M b"] | None = None,
+    entropy_gradient: bool = False,
+    known: RStep | None = None,
+    block_sizes: BlockSizes,
+) -> RStep:
+    """Attention of `qt[k]` on block k with values K, then V; `cL` by the identity.
+
+        lse = logsumexp_i (scale qt . K) ;  aL = scale R K ;  Y = R V ;  cL = qt . aL - lse
+
+    `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
+    then, but the gradient is still that of the R step.
+
+    Raises:
+        NotImplementedError: for masked keys, or what else cuDNN can't do.
+    """
+    del block_sizes
+    if keys is not None:
+        raise NotImplementedError("takes no masked keys, and no blocks that do not divide the grid")
+    cudnn.check(qt, k, tuple(values))
+    known = jax.lax.stop_gradient(known)
+    step: Any = _r_step(float(scale), entropy_gradient, qt, k, tuple(values), known)
+    return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _r_step(scale, entropy_gradient, qt, k, values, known):
+    del entropy_gradient
+    if known is not None:
+        return known
+    mean, lse = cudnn.forward(qt, k, k, scale)
+    al = scaled(mean, scale)
+    ys = tuple(cudnn.forward(qt, k, v, scale)[0] for v in values)
+    cl = jnp.sum(qt.astype(lse.dtype) * al.astype(lse.dtype), axis=-1) - lse
+    return RStep(al, ys, cl, lse)
+
+
+def _forward(scale, entropy_gradient, qt, k, values, known):
+    step = _r_step(scale, entropy_gradient, qt, k, values, known)
+    return step, (qt, k, values, step)
+
+
+def _backward(scale, entropy_gradient, saved: Any, gradient: RStep):
+    """By the gradient of attention; that of cL enters through `cL = qt . aL - lse`."""
+    qt, k, values, step = saved
+    dal, dlse, through = gradient.al, gradient.lse, None
+    if entropy_gradient:
+        wide = gradient.cl[..., None]
+        dal = (dal + wide * qt.astype(wide.dtype)).astype(dal.dtype)
+        through = wide * step.al.astype(wide.dtype)
+        dlse = dlse - gradient.cl
+    dq, dk, (dmean, *dvalues) = backward(
+        qt, k, (k, *values), (step.al, *step.ys), step.lse, (dal, *gradient.ys), dlse,
+        scale=scale, gains=(scale, *(1.0 for _ in values)),
+    )  # fmt: skip
+    if through is not None:
+        dq = (dq + through).astype(qt.dtype)
+    return dq, added([dk, dmean]), tuple(dvalues), None
+
+
+_r_step.defvjp(_forward, _backward)
