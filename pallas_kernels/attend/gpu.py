@@ -1,0 +1,72 @@
+"""`attend` on a Hopper GPU. Its gradient is that of "xla", which computes the scores again."""
+
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from ..block_sizes import BlockSizes
+from ..gpu.checks import check
+from . import xla
+from .gpu_forward import softmax_rows
+
+Part = tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]
+
+
+def attend(
+    q: Float[Array, "g n d"],
+    k: Float[Array, "g s d"],
+    values: tuple[Float[Array, "g s _"], ...],
+    *,
+    scale: float,
+    bias: Float[Array, "g s"] | None = None,
+    mask: Bool[Array, "g s"] | None = None,
+    gains: tuple[float, ...] | None = None,
+    known: Part | None = None,
+    block_sizes: BlockSizes,
+) -> Part:
+    """`(outs, lse)` of softmax attention of groups of rows.
+
+        lse[g,n] = logsumexp_s (scale q . k) ;  out = gain * sum_s exp(x - lse) values
+
+    `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
+    then, but the gradient is still that of the attention.
+
+    Raises:
+        NotImplementedError: for a dtype or a size that the kernel cannot serve, for a bias or a
+            mask, and where there is no Hopper GPU.
+    """
+    check(q, k, *values)
+    if bias is not None or mask is not None:
+        raise NotImplementedError("the GPU kernel of attention takes no bias and no mask")
+    gains = tuple(gains or (1.0,) * len(values))
+    known = jax.lax.stop_gradient(known)
+    return _attend(float(scale), gains, block_sizes, q, k, tuple(values), known)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(scale, gains, block_sizes, q, k, values, known):
+    del block_sizes
+    if known is not None:
+        return known
+    outs, lse, _ = softmax_rows(
+        q, k, values, scale=scale, gains=gains, shared=False, entropy=False, name="attend"
+    )
+    return tuple(outs), lse
+
+
+def _forward(scale, gains, block_sizes, q, k, values, known):
+    return _attend(scale, gains, block_sizes, q, k, values, known), (q, k, values)
+
+
+def _backward(scale, gains, block_sizes, saved: Any, gradient: Any):
+    def again(q, k, values):
+        outs, lse = xla.attend(q, k, values, scale=scale, gains=gains, block_sizes=block_sizes)
+        return tuple(out.astype(v.dtype) for out, v in zip(outs, values, strict=True)), lse
+
+    _, pullback = jax.vjp(again, *saved)
+    return (*pullback(gradient), None)
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,131 @@
+"""The L step of up to 128 frames on a Hopper GPU; the gradient is that of "xla"."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ..block_sizes import BlockSizes
+from ..gpu.checks import check
+from ..numerics import MASKED, TINY_MASS
+from . import gpu_forward, xla
+
+
+def last(
+    q: Float[Array, "g m n d"],
+    al: Float[Array, "g M n d"],
+    cl: Float[Array, "g M n"],
+    y: Float[Array, "g M n e"],
+    *,
+    key_blocks: Bool[Array, "g M"] | None = None,
+    left_out: Bool[Array, "g m M"] | None = None,
+    block_sizes: BlockSizes,
+) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
+    """`(out, lse)`; zeros and -inf without any key block.
+
+        F[l,k] = q[l] . aL[k] - cL[k] ;  out[l] = sum_k softmax_k(F) Y[k] ;  lse[l] = logsumexp_k F
+
+    `out` has the dtype of `y`, lse is float32.
+
+    Raises:
+        NotImplementedError: for a dtype or a size that the kernel cannot serve, for pairs that
+            are left out, and where there is no Hopper GPU.
+    """
+    check(q, al, y)
+    _check_lengths(q, al)
+    if left_out is not None:
+        raise NotImplementedError("the GPU kernel of the L step leaves out no pairs of blocks")
+    return _last(block_sizes, q, al, cl, y, key_blocks)
+
+
+def middle(
+    q: Float[Array, "g m n d"],
+    al: Float[Array, "g M n d"],
+    cl: Float[Array, "g M n"],
+    *,
+    floor: float,
+    queries: Bool[Array, "g m n"] | None = None,
+    key_blocks: Bool[Array, "g M"] | None = None,
+    block_sizes: BlockSizes,
+) -> Float[Array, "g M n d"]:
+    """The mean queries of the next iteration, in the dtype of q.
+
+        L[l,k] = softmax_k (q[l] . aL[k] - cL[k]) ;  qt[k] = sum_l L q[l] / max(sum_l L, floor)
+
+    Rows that are not `queries` weigh nothing; key blocks that are not `key_blocks` get zeros.
+
+    Raises:
+        NotImplementedError: for a dtype or a size that the kernel cannot serve, and where there
+            is no Hopper GPU.
+    """
+    check(q, al)
+    _check_lengths(q, al)
+    return _middle((max(floor, TINY_MASS), block_sizes), q, al, cl, queries, key_blocks)
+
+
+def _check_lengths(q: Array, al: Array) -> None:
+    longest = max(q.shape[1], al.shape[1])
+    if longest > gpu_forward.LONGEST:
+        raise NotImplementedError(
+            f"the GPU kernels of the L step take up to {gpu_forward.LONGEST} frames, got {longest}"
+        )
+
+
+def _bias(cl: Float[Array, "g M n"], key_blocks: Bool[Array, "g M"] | None) -> Array:
+    """`-cL` in float32, MASKED for the key blocks that are left out."""
+    bias = -cl.astype(jnp.float32)
+    return bias if key_blocks is None else jnp.where(key_blocks[..., None], bias, MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _last(block_sizes, q, al, cl, y, key_blocks):
+    del block_sizes
+    return gpu_forward.last(q, al, _bias(cl, key_blocks), y)
+
+
+def _last_forward(block_sizes, q, al, cl, y, key_blocks):
+    return _last(block_sizes, q, al, cl, y, key_blocks), (q, al, cl, y, key_blocks)
+
+
+def _last_backward(block_sizes, saved: Any, gradient: Any):
+    *arrays, key_blocks = saved
+
+    def again(q, al, cl, y):
+        out, lse = xla.last(q, al, cl, y, key_blocks=key_blocks, block_sizes=block_sizes)
+        return out.astype(y.dtype), lse
+
+    _, pullback = jax.vjp(again, *arrays)
+    return (*pullback(gradient), None)
+
+
+_last.defvjp(_last_forward, _last_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _middle(settings, q, al, cl, queries, key_blocks):
+    floor, _ = settings
+    return gpu_forward.middle(q, al, _bias(cl, key_blocks), queries, floor=floor)
+
+
+def _middle_forward(settings, q, al, cl, queries, key_blocks):
+    qt = _middle(settings, q, al, cl, queries, key_blocks)
+    return qt, (q, al, cl, queries, key_blocks)
+
+
+def _middle_backward(settings, saved: Any, dqt):
+    floor, block_sizes = settings
+    *arrays, queries, key_blocks = saved
+
+    def again(q, al, cl):
+        return xla.middle(
+            q, al, cl,
+            floor=floor, queries=queries, key_blocks=key_blocks, block_sizes=block_sizes,
+        ).astype(q.dtype)  # fmt: skip
+
+    _, pullback = jax.vjp(again, *arrays)
+    return (*pullback(dqt), None, None)
+
+
+_middle.defvjp(_middle_forward, _middle_backward)

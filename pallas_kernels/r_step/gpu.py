@@ -1,0 +1,87 @@
+"""The R step on a Hopper GPU: one kernel with `[K | V]` as its values; the gradient of "xla"."""
+
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from ..attend.gpu_forward import softmax_rows
+from ..block_sizes import BlockSizes
+from ..gpu.checks import check
+from . import xla
+from .step import RStep
+
+
+def r_step(
+    qt: Float[Array, "g M n d"],
+    k: Float[Array, "g M b d"],
+    values: tuple[Float[Array, "g M b _"], ...],
+    *,
+    scale: float,
+    keys: Bool[Array, "g M b"] | None = None,
+    entropy_gradient: bool = False,
+    known: RStep | None = None,
+    block_sizes: BlockSizes,
+) -> RStep:
+    """aL, Y, cL and the log-sum-exp of each row, from one reading of K and V.
+
+        lse = logsumexp_i (scale qt . K) ;  aL = scale R K ;  Y = R V ;  cL = qt . aL - lse
+
+    `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
+    then, but the gradient is still that of the R step.
+
+    Raises:
+        NotImplementedError: for a dtype or a size that the kernel cannot serve, for masked keys,
+            and where there is no Hopper GPU.
+    """
+    check(qt, k, *values)
+    if keys is not None:
+        raise NotImplementedError("the GPU kernel of the R step takes no masked keys")
+    known = jax.lax.stop_gradient(known)
+    step: Any = _r_step(float(scale), entropy_gradient, block_sizes, qt, k, tuple(values), known)
+    return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _r_step(scale, entropy_gradient, block_sizes, qt, k, values, known):
+    del entropy_gradient, block_sizes
+    if known is not None:
+        return known
+    (al, *ys), lse, cl = softmax_rows(
+        _flat(qt), _flat(k), tuple(_flat(v) for v in values),
+        scale=scale, gains=(scale, *(1.0 for _ in values)), shared=True, entropy=True,
+        name="r_step",
+    )  # fmt: skip
+    lead = k.shape[:2]
+    return RStep(
+        _whole(al, lead), tuple(_whole(y, lead) for y in ys), _whole(cl, lead), _whole(lse, lead)
+    )
+
+
+def _forward(scale, entropy_gradient, block_sizes, qt, k, values, known):
+    step = _r_step(scale, entropy_gradient, block_sizes, qt, k, values, known)
+    return step, (qt, k, values)
+
+
+def _backward(scale, entropy_gradient, block_sizes, saved: Any, gradient: RStep):
+    def again(qt, k, values):
+        return xla.r_step(
+            qt, k, values,
+            scale=scale, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
+        )  # fmt: skip
+
+    _, pullback = jax.vjp(again, *saved)
+    return (*pullback(gradient), None)
+
+
+_r_step.defvjp(_forward, _backward)
+
+
+def _flat(x: Array) -> Array:
+    """Batch, heads and key blocks are all groups to the kernel."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _whole(x: Any, lead: tuple[int, int]) -> Array:
+    return x.reshape(*lead, *x.shape[1:])

@@ -1,0 +1,151 @@
+"""The GPU kernels on a CPU, by Mosaic GPU's interpreter: threads, copies and barriers are real.
+
+wgmma, register layouts and the copy engine's refusals are not: those are for the compiler
+(`tests/aot_gpu`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pallas.attention_inputs import arrays, attention
+from tolerances import assert_close
+from vmonarch_jax.pallas_kernels.attend import gpu as attend
+from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
+from vmonarch_jax.pallas_kernels.gpu import mode
+from vmonarch_jax.pallas_kernels.l_step import gpu as l_step
+from vmonarch_jax.pallas_kernels.l_step import reference as l_reference
+from vmonarch_jax.pallas_kernels.r_step import gpu as r_step
+
+interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+SIZES = BlockSizes()
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    """As the copy engine does, a read beyond an array's end gives zeros."""
+    how = interpret.InterpretGPUParams(
+        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    with mode.interpreted(how):
+        yield
+
+
+def tolerance_of(dtype):
+    """float16 is held to bfloat16's bounds."""
+    return "bfloat16" if dtype == "float16" else dtype
+
+
+def l_inputs(g, m, blocks, n, d, e, dtype):
+    q, al, y = arrays([(g, m, n, d), (g, blocks, n, d), (g, blocks, n, e)], "float32")
+    cl = -3 * jnp.abs(arrays([(g, blocks, n)], "float32", 1)[0])
+    return q.astype(dtype), (2 * d**-0.5 * al).astype(dtype), y.astype(dtype), cl
+
+
+def wide(*trees):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), trees)
+
+
+# Groups, frames of q, frames of k, positions, head dim, value dim.
+L_SIZES = [
+    ((1, 5, 5, 3, 64, 64), "float16"),
+    ((2, 21, 21, 5, 128, 64), "bfloat16"),
+    pytest.param((1, 70, 40, 3, 128, 128), "bfloat16", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("size", "dtype"), L_SIZES)
+def test_l_step(size, dtype):
+    q, al, y, cl = l_inputs(*size, dtype)
+    out, lse = l_step.last(q, al, cl, y, block_sizes=SIZES)
+    qt = l_step.middle(q, al, cl, floor=0.1, block_sizes=SIZES)
+    assert (out.dtype, lse.dtype, qt.dtype) == (dtype, jnp.float32, dtype)
+    expected, expected_lse = l_reference.last(*wide(q, al, cl, y))
+    assert_close(out, expected, tolerance_of(dtype), "forward", "out")
+    assert_close(lse, expected_lse, tolerance_of(dtype), "lse", "lse")
+    expected = l_reference.middle(*wide(q, al, cl), floor=0.1)
+    assert_close(qt, expected, tolerance_of(dtype), "forward", "qt")
+
+
+def test_l_step_with_masks():
+    g, m, n = 2, 6, 2
+    q, al, y, cl = l_inputs(g, m, m, n, 64, 64, "bfloat16")
+    key_blocks = jnp.ones((g, m), bool).at[0, 2:4].set(False).at[1].set(False)
+    queries = jnp.asarray(np.random.default_rng(2).random((g, m, n)) < 0.6)
+    masks = {"key_blocks": key_blocks}
+    out, lse = l_step.last(q, al, cl, y, **masks, block_sizes=SIZES)
+    expected, expected_lse = l_reference.last(*wide(q, al, cl, y), **masks)
+    assert_close(out, expected, "bfloat16", "forward", "out")
+    assert_close(lse, expected_lse, "bfloat16", "lse", "lse")
+    masks["queries"] = queries
+    qt = l_step.middle(q, al, cl, floor=0.1, **masks, block_sizes=SIZES)
+    expected = l_reference.middle(*wide(q, al, cl), floor=0.1, **masks)
+    assert_close(qt, expected, "bfloat16", "forward", "qt")
+
+
+# Groups, rows, keys, head dim: tails of rows and keys, fewer keys than a block, several blocks.
+ROW_SIZES = [
+    ((2, 70, 52, 64), "float16"),
+    ((1, 130, 200, 128), "bfloat16"),
+    pytest.param((1, 40, 700, 64), "bfloat16", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("size", "dtype"), ROW_SIZES)
+def test_attend(size, dtype):
+    g, n, s, d = size
+    q, k, v = (x.astype(dtype) for x in arrays([(g, n, d), (g, s, d), (g, s, d)], "float32"))
+    (out,), lse = attend.attend(q, k, (v,), scale=d**-0.5, block_sizes=SIZES)
+    (expected,), expected_lse = attention(q, k, (v,), scale=d**-0.5)
+    assert_close(out, expected, tolerance_of(dtype), "forward", "out")
+    assert_close(lse, expected_lse, tolerance_of(dtype), "lse", "lse")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize(("size", "dtype"), ROW_SIZES[1:])
+def test_r_step(size, dtype, count):
+    g, n, s, d = size
+    shapes = [(g, 1, n, d), *[(g, 1, s, d)] * (1 + count)]
+    qt, k, *values = (x.astype(dtype) for x in arrays(shapes, "float32"))
+    step = r_step.r_step(qt, k, tuple(values), scale=d**-0.5, block_sizes=SIZES)
+    gains = (d**-0.5, *[1.0] * count)
+    expected, lse = attention(qt, k, (k, *values), scale=d**-0.5, gains=gains)
+    assert_close(step.lse, lse, dtype, "lse", "lse")
+    for found, wanted in zip((step.al, *step.ys), expected, strict=True):
+        assert found.dtype == dtype
+        assert_close(found, wanted, dtype, "forward", "averages")
+    # cL is that of the rounded aL, to float32's own rounding.
+    entropy = (np.asarray(qt, np.float64) * np.asarray(step.al, np.float64)).sum(-1) - lse
+    assert_close(step.cl, entropy, "float32", "forward", "cL")
+
+
+def test_extreme_scores():
+    """Rows whose scores are all far below or far above zero, with a tail of keys."""
+    q, k, v = (
+        x.astype("bfloat16") for x in arrays([(1, 64, 64), (1, 70, 64), (1, 70, 64)], "float32")
+    )
+    for shift in (-60.0, 60.0):
+        pushed = q + shift * jnp.ones_like(q)
+        drawn = jnp.abs(k)
+        (out,), lse = attend.attend(pushed, drawn, (v,), scale=0.125, block_sizes=SIZES)
+        (expected,), expected_lse = attention(pushed, drawn, (v,), scale=0.125)
+        assert_close(out, expected, "bfloat16", "forward", f"{shift}")
+        assert_close(lse, expected_lse, "bfloat16", "lse", f"{shift}")
+
+
+def test_refusals():
+    q = jnp.zeros((1, 8, 64), jnp.bfloat16)
+    call = functools.partial(attend.attend, scale=1.0, block_sizes=SIZES)
+    with pytest.raises(NotImplementedError, match="bfloat16 or float16"):
+        call(q.astype(jnp.float32), q, (q,))
+    with pytest.raises(NotImplementedError, match="head dims of 64 or 128, got 32"):
+        call(q[..., :32], q[..., :32], (q,))
+    with pytest.raises(NotImplementedError, match="no mask"):
+        call(q, q, (q,), mask=jnp.ones((1, 8), bool))
+    with mode.interpreted(None), pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        call(q, q, (q,))
+    frames = jnp.zeros((1, 129, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="up to 128 frames, got 129"):
+        l_step.middle(frames, frames, jnp.zeros((1, 129, 1)), floor=0.1, block_sizes=SIZES)
