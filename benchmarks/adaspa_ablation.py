@@ -1,16 +1,18 @@
 """What each part of AdaSpa is worth: its paper's ablations, on the trained tiny video DiT.
 
-    python -m benchmarks.adaspa_ablation                     # writes results/adaspa_ablation.*
-    python -m benchmarks.adaspa_ablation --quick --out out   # seconds, for a test
+    python -m benchmarks.adaspa_ablation                       # what the record lacks
+    python -m benchmarks.adaspa_ablation --only "one search"   # rows with these words, again
+    python -m benchmarks.adaspa_ablation --quick --out out     # a minute, for a test
 
 Every variant is run beside dense attention on the q, k, v of all layers along the dense model's own
-samples, step after step with its memory, and then samples videos itself from the same noise.
+samples, step after step with its memory, and then samples videos itself from the same noise. Writes
+`results/adaspa_ablation.{json,csv,md}`: the record, every step of it, and a table.
 """
 
 import argparse
 import csv
 import dataclasses
-import time
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def variants(steps: int, blocks: list[int]) -> list[Variant]:
     changes: dict[str, dict[str, Any]] = {
         "as in the paper": {},
         "one budget for all heads": {"head_adaptive": False},
+        "budgets by head from a recall of 50%": {"recall": 0.5},
         "no cached log-sum-exp": {"lse_cache": False},
         "one search": {"search_steps": at(10)},
         "three searches": {"search_steps": at(10, 20, 30)},
@@ -67,37 +70,44 @@ def variants(steps: int, blocks: list[int]) -> list[Variant]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints and writes a table and a CSV."""
+    """Measures what is missing, then writes a table and a CSV."""
     args = _flags(arguments)
-    began, where = time.perf_counter(), timing.place()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "adaspa_ablation.json"
+    record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    named = variants(args.steps, args.blocks)
+    chosen = [
+        variant for variant in named
+        if args.only in variant.name and (args.only or variant.name not in record["rows"])
+    ]  # fmt: skip
     model = args.load()
-    chosen = variants(args.steps, args.blocks)
-    trajectory = dense_trajectory(model, args)
-    errors = along(model, trajectory, chosen, args)
-    rows = [
-        row_of(model, variant, found, trajectory[-1], args)
-        for variant, found in zip(chosen, errors, strict=True)
-    ]
-    config = model.config
+    grid, config = model.config.grid, model.config
+    if chosen:
+        record["place"], record["setting"] = timing.place(), (
+            f"{args.prompts} prompts, {args.steps} Euler steps without guidance, "
+            f"{'x'.join(map(str, grid.shape))} tokens, {config.depth} layers of {config.heads} "
+            f"heads, {chosen[0].method.sparsity:.0%} sparsity"
+        )  # fmt: skip
+        trajectory = dense_trajectory(model, args)
+        errors = along(model, trajectory, chosen, args)
+        for variant, found in zip(chosen, errors, strict=True):
+            record["rows"][variant.name] = row_of(model, variant, found, trajectory[-1], args)
+            path.write_text(json.dumps(record) + "\n")
+    rows = {v.name: record["rows"][v.name] for v in named if v.name in record["rows"]}
+    warm_up = named[0].method.warmup_steps
     report = "\n".join([
         "# Ablations of AdaSpa on the tiny video DiT", "",
-        where,
-        f"- command: `python -m benchmarks.adaspa_ablation`, {time.perf_counter() - began:.0f} s",
-        (
-            f"- input: {args.prompts} prompts, {args.steps} Euler steps without guidance, "
-            f"{'x'.join(map(str, config.grid.shape))} tokens, {config.depth} layers of "
-            f"{config.heads} heads, {chosen[0].method.sparsity:.0%} sparsity"
-        ),
-        "",
+        record["place"],
+        "- command: `python -m benchmarks.adaspa_ablation`",
+        f"- input: {record['setting']}", "",
         "Output errors are relative to dense attention on the same q, k and v, along the dense",
         "model's samples: the mean over the steps after the warm-up, then some steps alone. The",
-        "sample is what the variant makes of the same noise by itself.",
+        "sample is what the variant makes of the same noise by itself, against dense attention's.",
         "",
-        table(*_cells(rows)), "",
+        table(*_cells(rows, warm_up)), "",
     ])  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "adaspa_ablation.md").write_text(report)
-    write_csv(args.out / "adaspa_ablation.csv", chosen, errors)
+    write_csv(args.out / "adaspa_ablation.csv", rows)
     print("\n" + report)
 
 
@@ -160,10 +170,9 @@ def along(
 def row_of(
     model: models.VideoDiT, variant: Variant, found: np.ndarray, exact: Any, args: Any
 ) -> dict[str, Any]:
-    """A row of the table: its errors along the way, its cost, and its own samples."""
+    """A row of the record: its cost, its own samples, and its errors along the way."""
     grid, config = model.config.grid, model.config
     size = {"heads": config.heads, "head_dim": config.head_dim}
-    warm_up = variant.method.warmup_steps
     label, caption = inputs.conditions(model, args.prompts)
     noise = jax.random.normal(jax.random.key(2), (args.prompts, *config.video_shape[:3], 3))
     video = models.sample(
@@ -172,16 +181,14 @@ def row_of(
     )  # fmt: skip
     video, exact = np.asarray(video), np.asarray(jnp.clip(exact, -1, 1))
     row = {
-        "name": variant.name,
         "flops": vm.flops.sampling(variant.method, grid, args.steps, **size)
         / vm.flops.sampling(vm.Dense(), grid, args.steps, **size),
-        "error": float(found[warm_up:, 0].mean()),
-        "kl": float(found[warm_up:, 1].mean()),
-        "some": {step: float(found[step, 0]) for step in some_steps(args.steps)},
         "sample": relative_difference(video, exact),
         "psnr": measures.psnr(video, exact),
+        "error": [float(f"{x:.6g}") for x in found[:, 0]],
+        "kl": [float(f"{x:.6g}") for x in found[:, 1]],
     }
-    print(row, flush=True)
+    print(f"{variant.name}: sample {row['sample']:.3f}, {row['psnr']:.2f} dB", flush=True)
     return row
 
 
@@ -190,37 +197,40 @@ def some_steps(steps: int) -> list[int]:
     return sorted({step * steps // 50 for step in (11, 19, 29, 30, 31, 39, 49)})
 
 
-def _cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: dict[str, Any], warm_up: int) -> tuple[list[str], list[list[str]]]:
+    shown = some_steps(len(next(iter(rows.values()))["error"]))
     header = ["variant", "FLOPs of the run / dense", "output error", "KL"]
-    header += [f"step {step}" for step in rows[0]["some"]]
+    header += [f"step {step}" for step in shown]
     header += ["sample, relative difference", "sample, PSNR"]
     cells = [
         [
-            row["name"],
-            *(f"{row[key]:.3f}" for key in ("flops", "error", "kl")),
-            *(f"{error:.3f}" for error in row["some"].values()),
+            name,
+            f"{row['flops']:.3f}",
+            *(f"{np.mean(row[key][warm_up:]):.3f}" for key in ("error", "kl")),
+            *(f"{row['error'][step]:.3f}" for step in shown),
             f"{row['sample']:.3f}",
             f"{row['psnr']:.2f}",
         ]
-        for row in rows
+        for name, row in rows.items()
     ]
     return header, cells
 
 
-def write_csv(path: Path, chosen: list[Variant], errors: list[np.ndarray]) -> None:
-    """Every step of every variant, to six digits."""
+def write_csv(path: Path, rows: dict[str, Any]) -> None:
+    """Every step of every variant."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["variant", "step", "error", "kl"])
-        for variant, found in zip(chosen, errors, strict=True):
-            for step, (error, kl) in enumerate(found):
-                writer.writerow([variant.name, step, f"{error:.6g}", f"{kl:.6g}"])
+        for name, row in rows.items():
+            for step, pair in enumerate(zip(row["error"], row["kl"], strict=True)):
+                writer.writerow([name, step, *pair])
 
 
 def _flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, default=SHIPPED, help="folder of dense/")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="rows whose name has these words, again")
     parser.add_argument("--prompts", type=int, default=2, help="sampled videos, at most 4")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--blocks", type=int, nargs="+", default=[16, 64], help="tokens of a block")
