@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from vmonarch_jax.pallas_kernels.attend import reference as attend_reference
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
+from vmonarch_jax.pallas_kernels.block_sparse import reference as sparse_reference
 from vmonarch_jax.pallas_kernels.l_step import reference as l_reference
 from vmonarch_jax.pallas_kernels.r_step import reference as r_reference
 from vmonarch_jax.pallas_kernels.tiled import reference as tiled_reference
@@ -103,6 +104,7 @@ def checks(small: bool) -> Iterator[Check]:
 
 def _kernel_checks(small: bool, dtype: str) -> Iterator[Check]:
     from vmonarch_jax.pallas_kernels.attend import tpu as attend
+    from vmonarch_jax.pallas_kernels.block_sparse import tpu as block_sparse
     from vmonarch_jax.pallas_kernels.l_step import tpu as l_step
     from vmonarch_jax.pallas_kernels.r_step import tpu as r_step
     from vmonarch_jax.pallas_kernels.tiled import tpu as tiled
@@ -137,6 +139,33 @@ def _kernel_checks(small: bool, dtype: str) -> Iterator[Check]:
     a = (three(attend.attend, **own), three(attend_reference.attend))
     rows, keys = (40, 136) if small else (1560, 4680)
     yield pair(a, "dense rows", (2, rows, d), (2, keys, d), (2, keys, d))
+    for block in (64, 128):
+        # Every block of queries keeps some of the blocks of keys, the short last one among them.
+        blocks = 4 if small else 40
+        kept = jnp.arange(blocks)[:, None] + jnp.array([0, 3, blocks - 2])
+        kept = jnp.broadcast_to(kept % blocks, (2, blocks, 3)).astype(jnp.int32)
+        counts = 1 + jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32) % 3, (2, blocks))
+        more = {"block": block, "length": blocks * block - 8, "scale": scale}
+        shapes = ((2, blocks * block, d),) * 3
+        way = (
+            lambda q, k, v, s=(kept, counts), m=more: block_sparse.block_sparse(
+                q, k, v, *s, **m, **own
+            ),
+            lambda q, k, v, s=(kept, counts), m=more: sparse_reference.block_sparse(
+                q, k, v, *s, **m
+            ),
+        )
+        yield pair(way, f"block-sparse attention, blocks of {block}", *shapes)
+
+        def masses(function: Any, q: Any, k: Any, m: Any = more, **own: Any) -> Any:
+            q, k = jax.lax.stop_gradient((q, k))
+            return function(q, k, jnp.full(q.shape[:2], 9.0), **m, **own)
+
+        way = (
+            functools.partial(masses, block_sparse.block_mass, **own),
+            functools.partial(masses, sparse_reference.block_mass),
+        )
+        yield pair(way, f"block masses, blocks of {block}", *shapes[:2])
     for m in (5, 20) if small else (21, 46, 81, 128):
         shape = (1, m, 24 if small else 364, d)
         yield pair(
