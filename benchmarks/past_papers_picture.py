@@ -23,6 +23,7 @@ GUIDES = {
 FAMILIES = {
     "corrected every": ("corrected", BLUE, "o"),
     "guided,": ("guided", GREEN, "^"),
+    "dense output": ("dense output reused", "#000000", "D"),
     "": ("alone", ORANGE, "s"),
 }
 
