@@ -144,7 +144,7 @@ def flops_of_steps(
     """
 
     @functools.cache
-    def of(method: AttentionMethod, step: int) -> int:
+    def of(method: AttentionMethod, step: int | None) -> int:
         return vm.flops.attention(method, grid, heads=heads, head_dim=head_dim, step=step)
 
     counts, called = [0] * steps, set()
@@ -153,7 +153,10 @@ def flops_of_steps(
             if step in anew:
                 called.clear()
             for place in enumerate(methods):
-                missed = range(step) if vm.remembers(place[1]) and place not in called else ()
+                if not vm.remembers(place[1]):
+                    counts[step] += of(place[1], None)
+                    continue
+                missed = range(step) if place not in called else ()
                 counts[step] += max(of(place[1], n) for n in (*missed, step))
                 called.add(place)
     return counts

@@ -166,6 +166,20 @@ def test_kept_progress_comes_back_bit_for_bit(tmp_path):
     }  # fmt: skip
 
 
+def test_slow_writing_is_done_rarely(tmp_path, monkeypatch):
+    sampler = PIPELINES["euler"].request.sampler_value()
+    clock = iter([0.0, 2.0, 10.0, 41.9, 42.0, 42.1, 43.0, 43.1])  # begin and end of each writing
+    monkeypatch.setattr("vmonarch_jax.models.wan.generate.partial.time.monotonic", clock.__next__)
+    partial = Partial(tmp_path / "kept", {}, resume=True)
+    partial.begin()
+    found = []
+    for step in range(1, 6):
+        partial.keep_progress("main", step, Progress(sampler.init(jnp.ones((1, 2, 4)))))
+        found.append(partial.progress("main", sampler, lambda step: ())[0])
+    # the first writing takes two seconds: none in the next forty; after a quick one all are kept
+    assert found == [1, 1, 1, 4, 5]
+
+
 def test_bytes_and_flops():
     config = small_config("t2v-two")
     sizes, grid = config.transformer, REQUEST.grid(config)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +20,9 @@ from ..conditions import Conditions
 from ..memory import Memory
 from ..pipeline import Progress
 from ..samplers import Sampler
+
+# Writing that takes longer is done more rarely: after so many times its own duration.
+_SECONDS, _RARELY = 1.0, 20
 
 
 class Partial:
@@ -34,6 +39,7 @@ class Partial:
 
     def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any], resume: bool) -> None:
         self.folder = folder
+        self._kept, self._seconds = -math.inf, 0.0  # when a step was kept, and how long it took
         self.identity = json.loads(json.dumps(identity))
         if not list(folder.glob("*.npz")):
             return  # nothing was finished that could be lost
@@ -96,11 +102,20 @@ class Partial:
         return step, Progress(state, jax.tree.unflatten(tree, kept))
 
     def keep_progress(self, name: str, step: int, progress: Progress) -> None:
-        """Keeps the progress after a step; the last one is there until this one is whole."""
+        """Keeps the progress after a step; the last one is there until this one is whole.
+
+        What attention remembers may be many gigabytes. Where writing takes seconds, steps are left
+        out, so that a run spends a twentieth of its time on it at most.
+        """
+        began = time.monotonic()
+        if self._seconds > _SECONDS and began - self._kept < _RARELY * self._seconds:
+            return
         arrays = {n: np.asarray(array) for n, array in progress.sampler._asdict().items()}
         for n, leaf in enumerate(jax.tree.leaves(progress.attention)):
             arrays[f"attention_{n}"] = _storable(np.asarray(leaf))
         _write(self.folder / f"{name}.npz", {"step": np.array(step), **arrays})
+        self._kept = time.monotonic()
+        self._seconds = self._kept - began
 
     def certificate(self) -> list[dict[str, float | None]]:
         """What `keep_certificate` kept, or none."""
