@@ -81,3 +81,19 @@ def test_adaspa_ablation(tmp_path):
         step, error = int(row["step"]), float(row["error"])
         assert error < 1e-5 if step < 2 else 0 <= error < math.inf, row
         assert 0 <= float(row["kl"]) < math.inf, row
+
+
+@pytest.mark.slow
+def test_past_papers(tmp_path):
+    printed = run("past_papers", "--out", tmp_path)
+    assert (tmp_path / "past_papers.md").read_text().strip() in printed
+    assert (tmp_path / "past_papers.png").stat().st_size > 10_000
+    with (tmp_path / "past_papers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    errors = {(r["method"], r["age"]): float(r["error"]) for r in rows if r["part"] == "corrected"}
+    for method in {method for method, age in errors if age == "0"}:
+        assert 0 < errors[method, "1"] < errors[method, "0"], method
+    guided = [row for row in rows if row["part"] == "guided"]
+    assert {row["guide"] for row in guided} >= {"none", "true gap", "mass alone"}
+    assert all(0 <= float(row["error"]) < 1 and float(row["flops"]) > 0 for row in guided)
+    assert all(float(row["error"]) >= 0 for row in rows if row["part"] == "samples")
