@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from compiling import jit
 from flax import nnx
+from repository import ROOT
 from vmonarch_jax.models import VideoDiT, VideoDiTConfig, load_model, load_params, split_params
 from vmonarch_jax.models.arrays import read_arrays
 from vmonarch_jax.models.cli import main
@@ -214,6 +215,24 @@ def test_exports_beside_their_base(plain, tmp_path):
     shutil.rmtree(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"plain/config\.json: expected the configuration"):
         load_params(folder)
+
+
+def test_shipped_weights():
+    folder = ROOT / "models" / "tiny"
+    config, params = load_params(folder / "salad")
+    assert config.linear_layers == tuple(range(6))
+    dense = load_params(folder / "dense")[1]
+    assert params.keys() - dense.keys() == {
+        f"blocks.{n}.attention.{x}"
+        for n in range(6)
+        for x in ("linear_out.kernel", "gate.kernel", "gate.bias")
+    }
+    # Adapters and branches are all that was tuned.
+    same = {name for name in dense if np.array_equal(dense[name], params[name])}
+    assert dense.keys() - same == {
+        f"blocks.{n}.attention.{x}.kernel" for n in range(6) for x in ("qkv", "out")
+    }
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 15e6
 
 
 @pytest.mark.slow
