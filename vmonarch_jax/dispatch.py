@@ -67,6 +67,20 @@ def _pallas_tpu() -> Backend:
     )  # fmt: skip
 
 
+def _pallas_gpu() -> Backend:
+    from vmonarch_jax.pallas_kernels.gpu import mode
+
+    if reason := mode.unavailable():
+        raise NotImplementedError(reason)
+    from vmonarch_jax.pallas_kernels.attend import gpu as attend
+    from vmonarch_jax.pallas_kernels.l_step import gpu as l_step
+    from vmonarch_jax.pallas_kernels.r_step import gpu as r_step
+
+    return Backend(
+        "pallas_gpu", attend.attend, r_step.r_step, l_step.middle, l_step.last, keeps=True
+    )
+
+
 def _cudnn() -> Backend:
     from vmonarch_jax.pallas_kernels.gpu import cudnn
 
@@ -96,7 +110,7 @@ BACKENDS: dict[str, Callable[[], Backend] | None] = {
     "reference": lambda: REFERENCE,
     "xla": lambda: XLA,
     "pallas_tpu": _pallas_tpu,
-    "pallas_gpu": None,
+    "pallas_gpu": _pallas_gpu,
     "cudnn": _cudnn,
 }
 

@@ -1,4 +1,8 @@
-"""`attend` on a Hopper GPU. Its gradient is that of "xla", which computes the scores again."""
+"""`attend` on a Hopper GPU; the gradient by cuDNN.
+
+Where cuDNN can't take the backward pass (values of another width than the keys, a machine without
+it), that of "xla" does, which computes everything again.
+"""
 
 import functools
 from typing import Any
@@ -7,8 +11,9 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from ..block_sizes import BlockSizes
+from ..gpu import cudnn as library
 from ..gpu.checks import check
-from . import xla
+from . import cudnn, xla
 from .gpu_forward import softmax_rows
 
 Part = tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]
@@ -57,16 +62,30 @@ def _attend(scale, gains, block_sizes, q, k, values, known):
 
 
 def _forward(scale, gains, block_sizes, q, k, values, known):
-    return _attend(scale, gains, block_sizes, q, k, values, known), (q, k, values)
+    part: Any = _attend(scale, gains, block_sizes, q, k, values, known)
+    return part, (q, k, values, part)
 
 
 def _backward(scale, gains, block_sizes, saved: Any, gradient: Any):
+    q, k, values, (outs, lse) = saved
+    if not library.unserved(q[None], k[None], values):
+        one, several = _with_axis(gradient), _with_axis((values, outs))
+        dq, dk, dvalues = cudnn.backward(
+            q[None], k[None], *several, lse[None], *one, scale=scale, gains=gains
+        )
+        return dq[0], dk[0], tuple(dv[0] for dv in dvalues), None
+
     def again(q, k, values):
         outs, lse = xla.attend(q, k, values, scale=scale, gains=gains, block_sizes=block_sizes)
         return tuple(out.astype(v.dtype) for out, v in zip(outs, values, strict=True)), lse
 
-    _, pullback = jax.vjp(again, *saved)
+    _, pullback = jax.vjp(again, q, k, values)
     return (*pullback(gradient), None)
+
+
+def _with_axis(arrays: Any) -> Any:
+    """For the calls of cuDNN, which have two batch axes."""
+    return jax.tree.map(lambda x: x[None], arrays)
 
 
 _attend.defvjp(_forward, _backward)

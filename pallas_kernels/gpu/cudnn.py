@@ -89,6 +89,15 @@ def check(q: Array, k: Array, values: tuple[Array, ...]) -> None:
         raise NotImplementedError(f"at most {MOST_GROUPS} groups an axis, got {max(q.shape[:2])}")
 
 
+def unserved(q: Array, k: Array, values: tuple[Array, ...]) -> str:
+    """Why cuDNN can't serve these arrays here; empty if it can."""
+    try:
+        check(q, k, values)
+    except NotImplementedError as error:
+        return str(error)
+    return unavailable()
+
+
 def forward(
     q: Float[Array, "x y n d"], k: Float[Array, "x y s d"], v: Float[Array, "x y s d"], scale: float
 ) -> tuple[Float[Array, "x y n d"], Float[Array, "x y n"]]:

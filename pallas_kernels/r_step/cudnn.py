@@ -63,7 +63,7 @@ def _forward(scale, entropy_gradient, qt, k, values, known):
     return step, (qt, k, values, step)
 
 
-def _backward(scale, entropy_gradient, saved: Any, gradient: RStep):
+def backward_of_step(scale, entropy_gradient, saved: Any, gradient: RStep):
     """By the gradient of attention; that of cL enters through `cL = qt . aL - lse`."""
     qt, k, values, step = saved
     dal, dlse, through = gradient.al, gradient.lse, None
@@ -81,4 +81,4 @@ def _backward(scale, entropy_gradient, saved: Any, gradient: RStep):
     return dq, added([dk, dmean]), tuple(dvalues), None
 
 
-_r_step.defvjp(_forward, _backward)
+_r_step.defvjp(_forward, backward_of_step)

@@ -1,4 +1,8 @@
-"""The R step on a Hopper GPU: one kernel with `[K | V]` as its values; the gradient of "xla"."""
+"""The R step on a Hopper GPU: one kernel with `[K | V]` as its values; the gradient by cuDNN.
+
+Where cuDNN can't take the backward pass (values of another width than the keys, a machine without
+it), that of "xla" does, which computes everything again.
+"""
 
 import functools
 from typing import Any
@@ -8,8 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 from ..attend.gpu_forward import softmax_rows
 from ..block_sizes import BlockSizes
+from ..gpu import cudnn as library
 from ..gpu.checks import check
-from . import xla
+from . import cudnn, xla
 from .step import RStep
 
 
@@ -61,17 +66,21 @@ def _r_step(scale, entropy_gradient, block_sizes, qt, k, values, known):
 
 def _forward(scale, entropy_gradient, block_sizes, qt, k, values, known):
     step = _r_step(scale, entropy_gradient, block_sizes, qt, k, values, known)
-    return step, (qt, k, values)
+    return step, (qt, k, values, step)
 
 
 def _backward(scale, entropy_gradient, block_sizes, saved: Any, gradient: RStep):
+    qt, k, values, _ = saved
+    if not library.unserved(qt, k, values):
+        return cudnn.backward_of_step(scale, entropy_gradient, saved, gradient)
+
     def again(qt, k, values):
         return xla.r_step(
             qt, k, values,
             scale=scale, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
         )  # fmt: skip
 
-    _, pullback = jax.vjp(again, *saved)
+    _, pullback = jax.vjp(again, qt, k, values)
     return (*pullback(gradient), None)
 
 

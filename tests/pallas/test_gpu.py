@@ -4,20 +4,26 @@ wgmma, register layouts and the copy engine's refusals are not: those are for th
 (`tests/aot_gpu`).
 """
 
+import contextlib
 import functools
 
+import cudnn_stand_in
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas.attention_inputs import arrays, attention
+from pallas.attention_inputs import arrays, attention, oracle_gradient
 from tolerances import assert_close
 from vmonarch_jax.pallas_kernels.attend import gpu as attend
+from vmonarch_jax.pallas_kernels.attend import reference
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.gpu import mode
 from vmonarch_jax.pallas_kernels.l_step import gpu as l_step
 from vmonarch_jax.pallas_kernels.l_step import reference as l_reference
 from vmonarch_jax.pallas_kernels.r_step import gpu as r_step
+from vmonarch_jax.pallas_kernels.r_step import reference as r_reference
+
+import vmonarch_jax as vm
 
 interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 SIZES = BlockSizes()
@@ -133,6 +139,59 @@ def test_extreme_scores():
         (expected,), expected_lse = attention(pushed, drawn, (v,), scale=0.125)
         assert_close(out, expected, "bfloat16", "forward", f"{shift}")
         assert_close(lse, expected_lse, "bfloat16", "lse", f"{shift}")
+
+
+@pytest.mark.parametrize("by", ["cudnn", "xla"])
+def test_gradients_of_known_results(by):
+    """No kernel runs forward: its results are given. The backward pass must be theirs."""
+    q, k, v = (
+        x.astype("bfloat16") for x in arrays([(2, 9, 64), (2, 11, 64), (2, 11, 64)], "float32")
+    )
+    settings = {"scale": 0.125, "gains": (1.0,)}
+    part = reference.attend(q, k, (v,), **settings)
+    known = jax.tree.map(lambda x: x.astype(jnp.bfloat16), part[0]), part[1]
+    cotangents = (arrays([known[0][0].shape], "bfloat16", 3)[0],), arrays([(2, 9)], "float32", 4)[0]
+
+    def one(q, k, v):
+        return attend.attend(q, k, (v,), **settings, known=known, block_sizes=SIZES)
+
+    def oracle(q, k, v):
+        return reference.attend(q, k, (v,), **settings)
+
+    with cudnn_stand_in.standing_in() if by == "cudnn" else contextlib.nullcontext():
+        found = jax.vjp(one, q, k, v)[1](cotangents)
+    for x, wanted in zip(found, oracle_gradient(oracle, (q, k, v), cotangents), strict=True):
+        assert_close(x, wanted, "bfloat16", "gradient", by)
+
+
+@pytest.mark.parametrize("by", ["cudnn", "xla"])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_gradients_of_a_known_r_step(by, entropy_gradient):
+    shapes = [(1, 2, 9, 64), (1, 2, 11, 64), (1, 2, 11, 64)]
+    qt, k, v = (x.astype("bfloat16") for x in arrays(shapes, "float32"))
+    settings = {"scale": 0.125, "entropy_gradient": entropy_gradient}
+    known = r_reference.r_step(qt, k, (v,), **settings)
+    cotangents = jax.tree.map(lambda x: arrays([x.shape], x.dtype, x.ndim)[0], known)
+
+    def one(qt, k, v):
+        return r_step.r_step(qt, k, (v,), **settings, known=known, block_sizes=SIZES)
+
+    def oracle(qt, k, v):
+        return r_reference.r_step(qt, k, (v,), **settings)
+
+    with cudnn_stand_in.standing_in() if by == "cudnn" else contextlib.nullcontext():
+        found = jax.vjp(one, qt, k, v)[1](cotangents)
+    for x, wanted in zip(found, oracle_gradient(oracle, (qt, k, v), cotangents), strict=True):
+        assert_close(x, wanted, "bfloat16", "gradient", by)
+
+
+def test_the_whole_method():
+    query, key, value = arrays([(1, 18, 1, 64)] * 3, "bfloat16")
+    settings = {"grid": (3, 2, 3), "return_lse": True}
+    out, lse = vm.vmonarch_attention(query, key, value, implementation="pallas_gpu", **settings)
+    wanted = vm.vmonarch_attention(*wide(query, key, value), implementation="reference", **settings)
+    assert_close(out, wanted[0], "bfloat16", "forward", "out")
+    assert_close(lse, wanted[1], "bfloat16", "lse", "lse")
 
 
 def test_refusals():
