@@ -6,6 +6,7 @@ PYTHON ?=
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 VENV_AOT ?= .venv-aot
+VENV_GPU ?= .venv-gpu
 VENV_PARITY ?= .venv-parity
 JOBS ?= 2
 PYTEST_ARGS ?=
@@ -15,7 +16,7 @@ TEST_ENV := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
 PYTEST := -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-slow aot parity lint format setup clean
+.PHONY: help demo test test-newest test-slow aot aot-gpu parity lint format setup clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -47,6 +48,12 @@ aot: ## the TPU kernels through the real TPU compiler, no TPU needed; AOT=part: 
 	"$$python" scripts/setup_env.py "$(VENV_AOT)" dev,aot
 	JAX_PLATFORMS=cpu AOT=$${AOT:-full} $(VENV_AOT)/bin/python -m pytest -q -n $(JOBS) tests/aot $(PYTEST_ARGS)
 
+# CUDA has one too: it is large, and nobody needs it for the tests.
+aot-gpu: ## the GPU routes through XLA and ptxas for an H100, no GPU needed
+	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
+	"$$python" scripts/setup_env.py "$(VENV_GPU)" dev,gpu
+	JAX_PLATFORMS=cpu AOT_GPU=1 $(VENV_GPU)/bin/python -m pytest -q tests/aot_gpu $(PYTEST_ARGS)
+
 # torch has an environment of its own: nobody who only runs models needs it.
 parity: ## the Wan port beside Diffusers and Transformers, on small random models
 	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
@@ -67,5 +74,5 @@ setup: ## the environment in .venv, made or renewed only where needed
 	"$$python" scripts/setup_env.py "$(VENV)"
 
 clean: ## remove everything that was made here: environments, outputs, caches
-	rm -rf .venv .venv.lock .venv-newest .venv-newest.lock .venv-aot .venv-aot.lock .venv-parity .venv-parity.lock .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv.lock .venv-newest .venv-newest.lock .venv-aot .venv-aot.lock .venv-gpu .venv-gpu.lock .venv-parity .venv-parity.lock .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find vmonarch_jax pallas_kernels models tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +

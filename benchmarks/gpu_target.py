@@ -41,17 +41,22 @@ class Device:
         name: as its driver spells it.
         topology: as `jax.experimental.topologies` names it.
         arch: as ptxas names it.
+        capability: its compute capability.
         config: the text of its `GpuTargetConfigProto`.
     """
 
     name: str
     topology: str
     arch: str
+    capability: str
     config: str
 
 
 def _device(name: str, topology: str, arch: str, **figures: Any) -> Device:
-    return Device(name, topology, arch, _TARGET.format(name=name, **figures))
+    major = re.search(r"major: (\d+)", figures["capability"])
+    return Device(
+        name, topology, arch, f"{major[1] if major else 0}.0", _TARGET.format(name=name, **figures)
+    )
 
 
 DEVICES = {
@@ -149,7 +154,7 @@ class Compiler:
         def fresh(*arguments: Any) -> Any:
             return function(*arguments)
 
-        with mode.compiling_for_hopper():
+        with mode.compiling_for(self.device.capability):
             traced = jax.jit(fresh).trace(*jax.tree.map(placed, arguments))
             compiled = traced.lower().compile()
         files = sorted(glob.glob(f"{self._dump.name}/**/*.ptx", recursive=True))

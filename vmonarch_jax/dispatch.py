@@ -88,11 +88,13 @@ def _cudnn() -> Backend:
     if reason:
         raise NotImplementedError(reason)
     from vmonarch_jax.pallas_kernels.attend import cudnn as attend
+    from vmonarch_jax.pallas_kernels.l_step import gpu_or_xla as l_step
     from vmonarch_jax.pallas_kernels.r_step import cudnn as r_step
 
     return dataclasses.replace(
-        XLA, name="cudnn", attend=attend.attend, r_step=r_step.r_step, loops=False, keeps=True
-    )
+        XLA, name="cudnn", attend=attend.attend, r_step=r_step.r_step,
+        l_middle=l_step.middle, l_last=l_step.last, loops=False, keeps=True,
+    )  # fmt: skip
 
 
 REFERENCE = Backend(

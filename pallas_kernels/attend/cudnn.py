@@ -13,8 +13,9 @@ from ..gpu import cudnn
 Part = tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]
 
 # Where a row of the output's gradient is too short to carry the gradient of its log-sum-exp, a
-# row of this length, relative to that gradient, stands in for it.
-SHORT = 2.0**-10
+# row of this length, relative to that gradient, stands in for it. What it adds of its own is below
+# rounding. float16 has no room for less, nor for the reciprocal.
+SHORT, SHORT_FLOAT16 = 2.0**-30, 2.0**-10
 
 
 def attend(
@@ -137,8 +138,8 @@ def shifted(out: Array, dout: Array, dlse: Array) -> tuple[Array, Array]:
     wide = dlse[..., None]
     rows = dout.astype(wide.dtype)
     square = jnp.square(rows).sum(-1, keepdims=True)
-    # Of length |dlse| SHORT: what it adds to the gradient is below what rounding does.
-    stand_in = jnp.abs(wide) * (SHORT * out.shape[-1] ** -0.5)
+    length = SHORT_FLOAT16 if dout.dtype == jnp.float16 else SHORT
+    stand_in = jnp.abs(wide) * (length * out.shape[-1] ** -0.5)
     # Where nothing flows into the log-sum-exp the compiler sees that all this is nothing.
     short = (wide != 0) & (square < jnp.square(stand_in) * out.shape[-1])
     rows = jnp.where(short, stand_in, rows)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 _interpret: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret_gpu", default=None)
-_forced: contextvars.ContextVar[bool] = contextvars.ContextVar("force_gpu", default=False)
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("force_gpu", default="")
 _launches: contextvars.ContextVar[Any] = contextvars.ContextVar("gpu_launches", default=None)
 
 # Of an H100 SXM or an H200; what is compiled without a GPU is compiled for these.
@@ -70,31 +70,39 @@ def interpreting() -> Any:
 
 
 @contextlib.contextmanager
-def compiling_for_hopper() -> Iterator[None]:
-    """Kernels traced inside are for an H100, whatever devices there are: to compile ahead."""
-    token = _forced.set(True)
+def compiling_for(capability: str) -> Iterator[None]:
+    """What is traced inside is for a GPU of this compute capability, whatever devices there are."""
+    token = _forced.set(capability)
     try:
         yield
     finally:
         _forced.reset(token)
 
 
+def compiling_for_hopper() -> contextlib.AbstractContextManager[None]:
+    """Kernels traced inside are for an H100, whatever devices there are: to compile ahead."""
+    return compiling_for("9.0")
+
+
 def compiling_ahead() -> bool:
     """Whether what is traced now is compiled for a GPU that need not be at hand."""
-    return _forced.get()
+    return bool(_forced.get())
 
 
 def unavailable() -> str:
     """Why no GPU kernel can be traced here; empty if one can."""
-    if _interpret.get() is not None or _forced.get():
+    if _interpret.get() is not None:
         return ""
-    if jax.default_backend() != "gpu":
+    if not _forced.get() and jax.default_backend() != "gpu":
         return f"needs a Hopper GPU (H100, H200), and this is a {jax.default_backend()}"
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", "unknown"))
+    capability, kind = _forced.get(), "GPU to compile for"
+    if not capability:
+        device = jax.devices()[0]
+        capability = str(getattr(device, "compute_capability", "unknown"))
+        kind = device.device_kind
     if not capability.startswith("9."):
         return (
-            f"needs a Hopper GPU of compute capability 9.0, and this is a {device.device_kind} "
+            f"needs a Hopper GPU of compute capability 9.0, and this is a {kind} "
             f"of capability {capability}"
         )
     return ""

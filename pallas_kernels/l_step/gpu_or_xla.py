@@ -1,0 +1,28 @@
+"""The L step on any GPU: this library's kernel where it serves, else XLA's."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..gpu import mode
+from . import xla
+
+
+def middle(*arrays: Any, **settings: Any) -> Any:
+    """The mean queries of the next iteration, as `xla.middle`."""
+    return _either("middle", xla.middle, arrays, settings)
+
+
+def last(*arrays: Any, **settings: Any) -> Any:
+    """`(out, lse)`, as `xla.last`."""
+    return _either("last", xla.last, arrays, settings)
+
+
+def _either(name: str, other: Callable[..., Any], arrays: Any, settings: Any) -> Any:
+    if not mode.unavailable():
+        from . import gpu  # imports Mosaic GPU: only where it can run
+
+        try:
+            return getattr(gpu, name)(*arrays, **settings)
+        except NotImplementedError:  # a dtype, a size or a mask that it does not take
+            pass
+    return other(*arrays, **settings)
