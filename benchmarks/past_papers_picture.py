@@ -66,32 +66,34 @@ def _guides(axis: Any, rows: list[Row]) -> None:
     """Error against FLOPs, a line for each way of choosing blocks."""
     for method, (name, colour) in METHODS.items():
         start = [r for r in rows if r["method"] == method and r["guide"] == "none"]
-        for guide, (label, line, marker) in GUIDES.items():
+        for guide, (_, line, marker) in GUIDES.items():
             own = start + [r for r in rows if (r["method"], r["guide"]) == (method, guide)]
             axis.plot(
                 [r["flops"] for r in own], [r["error"] for r in own], line, color=colour,
-                marker=marker, markersize=3.5, linewidth=1, label=f"{name}: {label}",
+                marker=marker, markersize=3.5, linewidth=1,
             )  # fmt: skip
+        axis.plot([], [], color=colour, linewidth=4, label=name)
+    for label, line, marker in GUIDES.values():
+        axis.plot([], [], line, color="#000000", marker=marker, markersize=3.5, label=label)
     axis.set(
         xlabel="matmul FLOPs, share of dense attention", ylabel="relative output error of a call",
         title="guided attention", ylim=(0, None),
     )  # fmt: skip
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    axis.legend(frameon=False, fontsize=6.5)
+    axis.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
 
 
 def _samples(axis: Any, rows: list[Row]) -> None:
     """Difference of whole samples against the FLOPs of a sampling run."""
-    labelled = set()
+    for name, colour, marker in FAMILIES.values():
+        axis.plot([], [], marker, color=colour, label=name)
     for row in rows:
         start = next(start for start in FAMILIES if row["method"].startswith(start))
-        name, colour, marker = FAMILIES[start]
-        label = None if name in labelled else name
-        labelled.add(name)
+        _, colour, marker = FAMILIES[start]
         face = "none" if "tubes" in row["method"] else colour
         axis.plot(
             row["flops"], row["error"], marker, color=colour, markerfacecolor=face, markersize=5,
-            linestyle="none", label=label,
+            linestyle="none",
         )  # fmt: skip
     axis.set(
         xlabel="attention FLOPs of 50 steps, share of dense", xscale="log", ylim=(0, None),
@@ -100,4 +102,4 @@ def _samples(axis: Any, rows: list[Row]) -> None:
     axis.set_xticks((0.1, 0.15, 0.2, 0.3, 0.4))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(frameon=False, fontsize=7, loc="lower left")
