@@ -45,7 +45,7 @@ def attend(
     if bias is not None or mask is not None:
         raise NotImplementedError("takes no bias or mask of single keys")
     values = tuple(values)
-    cudnn.check(q[None], k[None], values)
+    cudnn.check(q[:, None], k[:, None], values)
     gains = tuple(map(float, gains or (1.0,) * len(values)))
     parts = cudnn.split_keys(q.shape[0], q.shape[1], k.shape[1])
     known = jax.lax.stop_gradient(known)
@@ -65,8 +65,8 @@ def _attend(scale, gains, parts, q, k, values, known):
 def _one(q: Array, k: Array, v: Array, scale: float, parts: int) -> tuple[Array, Array]:
     """One call; parts of the keys are more groups, merged afterwards."""
     if parts == 1:
-        out, lse = cudnn.forward(q[None], k[None], v[None], scale)
-        return out[0], lse[0]
+        out, lse = cudnn.forward(q[:, None], k[:, None], v[:, None], scale)
+        return out[:, 0], lse[:, 0]
     q = jnp.broadcast_to(q[:, None], (q.shape[0], parts, *q.shape[1:]))
     k, v = (x.reshape(x.shape[0], parts, -1, x.shape[-1]) for x in (k, v))
     out, lse = cudnn.forward(q, k, v, scale)
@@ -86,12 +86,9 @@ def _backward(scale, gains, parts, saved: Any, gradient: Any):
     del parts  # the backward pass has a block of threads for every few keys already
     q, k, values, (outs, lse) = saved
     douts, dlse = gradient
-    dq, dk, dvalues = backward(
-        q[None], k[None], tuple(v[None] for v in values),
-        tuple(out[None] for out in outs), lse[None], tuple(x[None] for x in douts), dlse[None],
-        scale=scale, gains=gains,
-    )  # fmt: skip
-    return dq[0], dk[0], tuple(dv[0] for dv in dvalues), None
+    arrays = jax.tree.map(lambda x: x[:, None], (q, k, values, outs, lse, douts, dlse))
+    found = backward(*arrays, scale=scale, gains=gains)
+    return (*jax.tree.map(lambda x: x[:, 0], found), None)
 
 
 _attend.defvjp(_forward, _backward)

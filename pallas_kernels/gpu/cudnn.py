@@ -29,7 +29,7 @@ MOST_GROUPS = 65_535
 
 # How keys are split: rows of a group that a block of cuDNN's threads takes; keys that make a part
 # worth its merging; the most parts; the share of the multiprocessors' time that is good enough.
-TILE, LEAST_KEYS, MOST_PARTS, BUSY = 128, 1024, 64, 0.9
+TILE, LEAST_KEYS, MOST_PARTS, BUSY = 128, 512, 64, 0.9
 
 _FORWARD = "__cudnn$fmhaSoftmax"
 _BACKWARD = "__cudnn$fmhaSoftmaxBackward"

@@ -1,0 +1,76 @@
+"""`python -m benchmarks.gpu`: what it says without a GPU, and that its parts work."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from repository import ROOT
+
+import vmonarch_jax as vm
+from benchmarks import gpu
+
+
+def run(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_without_a_gpu_it_says_so():
+    done = run()
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "No GPU here (JAX sees 'cpu'): nothing to check or to time.\n"
+
+
+def test_small(tmp_path):
+    done = run("--small", "--only", "dense", "--out", tmp_path)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+    (path,) = tmp_path.iterdir()
+    for check in json.loads(path.read_text())["checks"]:
+        assert check["verdict"] == "right"
+        for kind in ("forward", "lse", "gradient"):
+            assert 0 < check[kind] < 0.04
+
+
+def test_a_wrong_route_is_found(monkeypatch):
+    check = gpu.Check("dense", vm.Dense(), (2, 2, 3), dim=8)
+    arrays, bars = gpu.random(check, 0)
+    wanted = gpu.oracle(check, arrays, bars)
+    assert wanted[0].dtype == "float64"
+    wanted[4] = wanted[4] * 1.2
+    result = gpu.compare(check, "xla", arrays, bars, wanted)
+    assert result["verdict"] == "WRONG"
+    assert result["forward"] < 0.02 < 0.04 < result["gradient"]
+    if jax.default_backend() != "gpu":
+        assert gpu.compare(check, "cudnn", arrays, bars, wanted)["verdict"] == "not served"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_timings(backward):
+    rows = gpu.timed(
+        (3, 2, 4), vm.VMonarch(), backward, ("xla", "nonsense"), rounds=2,
+        dense=jax.nn.dot_product_attention, size=(1, 8),
+    )  # fmt: skip
+    dense, ours, failed = rows
+    assert dense["ratio"] == 1
+    assert ours["ideal"] == pytest.approx(dense["ideal"] * _ratio())
+    assert 0 < ours["median"] <= sum(ours["seconds"])
+    assert "ValueError" in failed["failed"]
+    lines = gpu.speed_table(rows).splitlines()
+    assert len(lines) == 4
+    assert "VMonarch 3x2x4, xla" in lines[3]
+
+
+def _ratio():
+    sizes = {"heads": 1, "head_dim": 8}
+    dense = vm.flops.attention(vm.Dense(), (3, 2, 4), **sizes)
+    return dense / vm.flops.attention(vm.VMonarch(), (3, 2, 4), **sizes)
