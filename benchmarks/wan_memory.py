@@ -269,8 +269,8 @@ A step is one call of the transformer: 81 frames of 832x480 (480p: 32,760 tokens
 has batch 1 and takes the memory of that. Weights are split along fsdp and context and gathered a
 layer at a time; what is gathered is among the temporaries. The compiler has 15.75 GiB of a v5e,
 31.24 of a v6e and 94.74 of each device of a 7x. "text" is the text encoder (umT5-xxl in bfloat16,
-two prompts of 512 tokens), which is freed before the transformer comes; "vae" is Wan2.1's decoder in
-float32, a latent frame at a time, for all 81 frames.
+two prompts of 512 tokens), which is freed before the transformer comes; "vae" is the decoder of
+Wan2.1 in float32, a latent frame at a time, for all 81 frames.
 
 {table}
 """

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import zlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +124,10 @@ def library(case, **how):
 
 
 def run(case, implementation, dtype="float32"):
-    """Output, log-sum-exp and gradients in one compiled call; skips what cannot run here."""
+    """Output, log-sum-exp and gradients in one compiled call, the same to the bit in a second.
+
+    Skips what cannot run here.
+    """
     function = library(case, **IMPLEMENTATIONS[implementation])
 
     @jit
@@ -131,10 +135,13 @@ def run(case, implementation, dtype="float32"):
         results, pull = jax.vjp(lambda *a: tuple(function(*a)), *arrays)
         return *results, pull(cotangents)
 
+    arguments = inputs_of(case, dtype), cotangents_of(case, dtype)
     try:
-        return everything(inputs_of(case, dtype), cotangents_of(case, dtype))
+        results = everything(*arguments)
     except NotImplementedError as reason:
         pytest.skip(f"{implementation}: {reason}")
+    chex.assert_trees_all_equal(results, everything(*arguments))
+    return results
 
 
 # --- the oracle -----------------------------------------------------------------------------------
