@@ -11,7 +11,7 @@ from .run import DemoConfig, run_demo
 def add_demo(commands) -> None:
     """`vmonarch demo`: the same noise under each attention method, as pictures and numbers."""
     parser = commands.add_parser(
-        "demo", help="compare dense and Monarch attention on sampled videos, or on your own"
+        "demo", help="compare attention methods on sampled videos, or on your own"
     )
     default = DemoConfig()
     folder = pathlib.Path
@@ -33,10 +33,12 @@ def add_demo(commands) -> None:
     parser.add_argument(
         "--model-tuned", type=folder, metavar="DIR", help="the same, tuned to VMonarch"
     )
+    parser.add_argument("--model-salad", type=folder, metavar="DIR", help="the same, to SALAD")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
     names = ("out", "input", "strength", "steps", "guidance", "seed", "quick")
     values = {name: getattr(args, name) for name in names}
-    run_demo(DemoConfig(**values, dense=args.model_dense, tuned=args.model_tuned))
+    models = {"dense": args.model_dense, "tuned": args.model_tuned, "salad": args.model_salad}
+    run_demo(DemoConfig(**values, **models))

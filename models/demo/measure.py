@@ -53,6 +53,9 @@ def _gaps(graph, state, x, t, label, caption):
     grid = model.config.grid_of(x.shape[1:4])
     rows = []
     for (q, k, v), method in zip(seen, model.methods(), strict=True):
+        if isinstance(method, vm.Corrected):  # no log-sum-exp, so no certificate
+            rows.append(jnp.full((*q.shape[:3],), jnp.nan))
+            continue
         _, lse = method(q, k, v, grid=grid, return_lse=True)
         rows.append(vm.attention_gap(q, k, lse, grid=grid))
     q, k, v = (jnp.stack(parts) for parts in zip(*seen, strict=True))
@@ -65,7 +68,8 @@ def gaps(
     """Returns `KL(approximate row || dense row)` of every row, and q, k and v of every layer.
 
     The model runs under its own attention on `videos`, noised to time `t`, so q and k are the ones
-    that it meets in use.
+    that it meets in use. A method that remembers acts as if nothing had gone before: AdaSpa
+    searches. NaN for `vm.Corrected`, which has no certificate.
 
     Args:
       model: the model under the method.
@@ -86,19 +90,39 @@ def attention_seconds(
     method: AttentionMethod,
     qkv: tuple[Array, Array, Array],
     grid: vm.VideoGrid,
+    steps: int,
     repeats: int,
 ) -> float:
-    """Returns the seconds that attention alone takes in one pass through all layers.
+    """Returns the seconds that attention alone takes in all layers on all steps.
 
-    The median of `repeats` passes, after one that compiles.
+    After a pass that compiles: the median of `repeats` passes times the steps, or, of a method that
+    remembers and so differs from step to step, a pass for each step.
     """
     layers = list(zip(*qkv, strict=True))
-    return median_seconds(lambda: [_attend(method, grid, *layer) for layer in layers], repeats)
+    if not vm.remembers(method):
+        run = functools.partial(_attend, method, grid, None, None)
+        return steps * median_seconds(lambda: [run(*layer) for layer in layers], repeats)
+    batch, _, heads, head_dim = qkv[0].shape[1:]
+    sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype": qkv[0].dtype}
+    fresh = jax.jit(lambda: vm.init_state(method, grid, **sizes))()
+
+    def sampler(steps: int) -> list[Array]:
+        states, out = [fresh] * len(layers), []
+        for step in range(steps):
+            for n, layer in enumerate(layers):
+                found, states[n] = _attend(method, grid, states[n], jnp.int32(step), *layer)
+                out.append(found)
+        return out
+
+    jax.block_until_ready(sampler(1))
+    began = time.perf_counter()
+    jax.block_until_ready(sampler(steps))
+    return time.perf_counter() - began
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _attend(method, grid, q, k, v):
-    return method(q, k, v, grid=grid)
+def _attend(method, grid, state, step, q, k, v):
+    return vm.attend(method, q, k, v, grid=grid, state=state, step=step)
 
 
 def median_seconds(call: Callable[[], object], repeats: int, enough: float = float("inf")) -> float:

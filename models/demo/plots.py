@@ -80,8 +80,8 @@ def draw_gaps(
         axes = figure.subplots()
         layers, heads = methods[0][2].shape
         for n, (name, colour, means) in enumerate(methods):
-            shift = (n - (len(methods) - 1) / 2) * 0.22
-            inside = (np.arange(heads) - (heads - 1) / 2) * 0.05
+            shift = (n - (len(methods) - 1) / 2) * 0.66 / len(methods)
+            inside = (np.arange(heads) - (heads - 1) / 2) * 0.15 / len(methods)
             places = np.arange(1, layers + 1)[:, None] + shift + inside
             axes.plot(
                 places.ravel(), means.ravel(), linestyle="", marker="o", markersize=3.2,

@@ -26,7 +26,7 @@ class Result:
     Attributes:
       key: the method's name in files.
       name: its name for people.
-      flops_ratio: attention FLOPs over those of dense attention.
+      flops_ratio: attention FLOPs of all steps over those of dense attention.
       sampling_seconds: of all steps of all videos, without compilation.
       attention_seconds: of the attention in them.
       psnr: to the videos of dense attention, decibels.
@@ -105,11 +105,13 @@ def notes_of(
         f"{len(conditions.names)} videos of {grid.frames}x{grid.height}x{grid.width} = "
         f"{grid.tokens:,} tokens, {steps} Euler steps from {start}, guidance "
         f"{conditions.guidance:g}; {device}.\n"
-        "FLOPs: matmuls of attention, relative to dense. Attention s: attention alone on the real "
-        "q, k, v, times the steps. PSNR and SSIM: to the videos of dense attention from the same "
+        "FLOPs: matmuls of attention on all steps, relative to dense; of SALAD with its linear "
+        "branches. Attention s: attention alone on the real q, k, v, on all steps; of SALAD "
+        "without branches. PSNR and SSIM: to the videos of dense attention from the same "
         "noise.\nKL: of the approximate attention rows from the dense ones on the model's own q "
         f"and k, in nats, exact; mean over rows at t = {', '.join(f'{t:g}' for t in levels)}; mean "
-        "over heads, and the worst head.\n"
+        "over heads, and the worst head. AdaSpa's is that of a step that searches; corrected "
+        "attention has none.\n"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 import vmonarch_jax as vm
 
+from ..attention_schedule import flops_of_steps
 from ..dit import VideoDiT
 from . import maps, plots, scaling
 from .conditions import Conditions, from_input, from_prompts
@@ -32,6 +33,7 @@ class DemoConfig:
       out: folder of everything that it writes.
       dense: exported model under dense attention; the shipped one if not given.
       tuned: the same, tuned to VMonarch.
+      salad: the same, tuned to SALAD.
       input: a video, a photograph or a folder of them to noise and denoise, instead of prompts.
       strength: time in (0, 1] that the input is noised to.
       steps: sampling steps; 12, or 2 in a quick run.
@@ -43,6 +45,7 @@ class DemoConfig:
     out: pathlib.Path = pathlib.Path("out/demo")
     dense: pathlib.Path | None = None
     tuned: pathlib.Path | None = None
+    salad: pathlib.Path | None = None
     input: pathlib.Path | None = None
     strength: float = 0.6
     steps: int | None = None
@@ -72,19 +75,20 @@ def run_demo(config: DemoConfig) -> list[Result]:
       ValueError: an option, a model or the input is wrong; nothing has been written then.
     """
     began = time.perf_counter()
-    loaded = load_entries(config.dense, config.tuned)
+    steps = config.steps or (2 if config.quick else 12)
+    loaded = load_entries(steps, config.dense, config.tuned, config.salad)
     rows = 2 if config.quick else 4
     shape = loaded[0][1].config
     if config.input is None:
         conditions = from_prompts(shape, rows, config.seed, config.guidance)
     else:
         conditions = from_input(shape, config.input, rows, config.seed, config.strength)
-    steps = config.steps or (2 if config.quick else 12)
     config.out.mkdir(parents=True, exist_ok=True)
     device = machine()
     print(f"{len(conditions.names)} videos, {steps} steps, {device}")
-    if not any(entry.weights == "tuned" for entry, _ in loaded):
-        print("no tuned weights: that method is left out")
+    for weights, name in (("tuned", "VMonarch"), ("salad", "SALAD")):
+        if not any(entry.weights == weights for entry, _ in loaded):
+            print(f"no weights tuned to {name}: that method is left out")
 
     about = {
         "machine": device, "steps": steps, "shift": SHIFT, "guidance": conditions.guidance,
@@ -110,12 +114,11 @@ def _sample(config, loaded, conditions: Conditions, steps: int, about, notes):
     columns: list[Any] = []
     if conditions.videos is not None:
         columns.append((("Input", f"noised to {conditions.t:g}"), "#888888", conditions.videos))
-    grid = loaded[0][1].config.grid
+    dense = _flops(loaded[0][0], loaded[0][1], steps)
     for entry, model in loaded:
         found, seconds = sample_from(model, conditions, steps, entry.name)
         videos[entry.key] = found
-        ratio = _flops(entry, model, grid) / _flops(loaded[0][0], model, grid)
-        result = Result(entry.key, entry.name, ratio, seconds)
+        result = Result(entry.key, entry.name, _flops(entry, model, steps) / dense, seconds)
         if entry.key != "dense":
             result.psnr, result.ssim = likeness(found, videos["dense"])
         if conditions.videos is not None:
@@ -131,9 +134,15 @@ def _sample(config, loaded, conditions: Conditions, steps: int, about, notes):
     return results, videos
 
 
-def _flops(entry: Entry, model: VideoDiT, grid: vm.VideoGrid) -> int:
+def _flops(entry: Entry, model: VideoDiT, steps: int) -> int:
+    """Of attention in one video's sampling, linear branches included."""
     shape = model.config
-    return vm.flops.attention(entry.method, grid, heads=shape.heads, head_dim=shape.head_dim)
+    heads, head_dim = shape.heads, shape.head_dim
+    branch = vm.flops.linear_branch(shape.grid, heads=heads, head_dim=head_dim)
+    own = sum(
+        flops_of_steps(entry.method, steps, shape.depth, shape.grid, heads=heads, head_dim=head_dim)
+    )
+    return own + steps * len(shape.linear_layers) * branch
 
 
 def _certify(config, loaded, conditions, steps, results, videos, about, notes) -> None:
@@ -141,7 +150,8 @@ def _certify(config, loaded, conditions, steps, results, videos, about, notes) -
     grid = loaded[0][1].config.grid
     middle = config.levels[len(config.levels) // 2]
     # under guidance each step runs the model on every video twice
-    passes = steps * (1 if conditions.guidance == 1 else 2)
+    passes = 1 if conditions.guidance == 1 else 2
+    repeats = 2 if config.quick else 5
     with phase("certificate on the real q and k", len(loaded) * len(config.levels)) as bar:
         for (entry, model), result in zip(loaded, results, strict=True):
             found = []
@@ -149,12 +159,12 @@ def _certify(config, loaded, conditions, steps, results, videos, about, notes) -
                 gap, qkv = gaps(model, videos[entry.key], conditions, level)
                 found.append(gap.mean((1, 2)))
                 if level == middle:
-                    once = attention_seconds(entry.method, qkv, grid, 2 if config.quick else 5)
+                    once = attention_seconds(entry.method, qkv, grid, steps, repeats)
                     result.attention_seconds = passes * once
                     if entry.key == "vmonarch":
                         _draw_maps(config, entry, gap, qkv, grid, videos[entry.key][0])
                 bar.update()
-            if entry.key != "dense":
+            if entry.key not in ("dense", "corrected"):
                 result.kl = np.mean(found, axis=0)
                 result.kl_mean, result.kl_worst = float(result.kl.mean()), float(result.kl.max())
             write_report(config.out, results, about, notes)

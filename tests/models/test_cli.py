@@ -35,13 +35,14 @@ def test_train_finetune_sample(run, tmp_path, capsys):
     assert load_model(tuned / "export").config.frames == 2
     out = tmp_path / "pictures" / "two.gif"
     flags = ["--steps", "2", "--video", "cut:coffee>rocket", "--video", "pan_left:none"]
-    flags += ["--attention", "tiled", "--out", str(out), "--solver", "heun"]
+    flags += ["--attention", "corrected", "--corrected-method", "tiled", "--refresh-every", "2"]
+    flags += ["--out", str(out), "--solver", "heun"]
     assert main(["sample", "--model", str(tuned / "export"), *flags]) == 0
     with Image.open(out) as gif, Image.open(out.with_suffix(".png")) as strip:
         assert gif.n_frames == 2
         assert gif.size == (2 * 16 * 6, 16 * 6)
         assert strip.size == (2 * 16 * 3, 2 * 16 * 3)
-    assert "2 videos under TiledMonarch(" in capsys.readouterr().out
+    assert "2 videos under Corrected(method=TiledMonarch(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from vmonarch_jax.models import VideoDiTConfig, export_params, split_params
+from vmonarch_jax.models import VideoDiTConfig, export_params, load_params, split_params
+from vmonarch_jax.models.attention_schedule import flops_of_steps
 from vmonarch_jax.models.cli import main
 from vmonarch_jax.models.demo.files import replacing
 from vmonarch_jax.models.demo.inputs import read_videos
 from vmonarch_jax.models.demo.maps import attention_matrix, pick_heads
 from vmonarch_jax.models.demo.measure import likeness
+from vmonarch_jax.models.demo.methods import entries
+from vmonarch_jax.models.salad import add_branches
 
 import vmonarch_jax as vm
 
 CONFIG = VideoDiTConfig(frames=4, height=16, width=16, patch=(1, 4, 4), dim=24, depth=1, heads=2)
-METHODS = ["dense", "vmonarch", "vmonarch_tuned", "tiled"]
+METHODS = ["dense", "vmonarch", "vmonarch_tuned", "tiled", "adaspa", "salad", "corrected"]
 
 
 @pytest.fixture(scope="module")
 def weights(awake, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "model"
     export_params(folder, CONFIG, split_params(awake(CONFIG))[1])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def salad_weights(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "salad"
+    export_params(folder, *add_branches(*load_params(weights)))
     return folder
 
 
@@ -43,7 +53,11 @@ def check_numbers(folder, methods):
         rows = list(csv.DictReader(file))
     assert [row["key"] for row in rows] == methods
     for row in rows:
-        empty = {"psnr", "ssim", "kl_mean", "kl_worst"} if row["key"] == "dense" else set()
+        empty = {
+            "dense": {"psnr", "ssim", "kl_mean", "kl_worst"},
+            "corrected": {"kl_mean", "kl_worst"},
+        }
+        empty = empty.get(row["key"], set())
         numbers = {k: v for k, v in row.items() if k not in ("key", "name", "input_psnr")}
         assert {k for k, v in numbers.items() if not v} == empty
         assert np.isfinite([float(v) for v in numbers.values() if v]).all()
@@ -54,16 +68,17 @@ def check_numbers(folder, methods):
     return rows
 
 
-def test_demo_from_noise(weights, tmp_path, capsys):
+def test_demo_from_noise(weights, salad_weights, tmp_path, capsys):
     out = tmp_path / "demo"
     flags = ["--quick", "--out", str(out), "--model-dense", str(weights)]
-    assert main(["demo", *flags, "--model-tuned", str(weights)]) == 0
+    flags += ["--model-tuned", str(weights), "--model-salad", str(salad_weights)]
+    assert main(["demo", *flags]) == 0
     rows = check_numbers(out, METHODS)
     # the same weights and method give the same video
     assert rows[1]["psnr"] == rows[2]["psnr"]
     with Image.open(out / "comparison.gif") as gif:
         assert gif.n_frames == CONFIG.frames
-        assert gif.width > 4 * 160
+        assert gif.width > 7 * 160
         assert gif.height > 2 * 160
     names = ["attention_matrices", "attention_query", "kl_per_head", "scaling"]
     for name in [*names, "strip_comparison", *(f"strip_{key}" for key in METHODS)]:
@@ -85,12 +100,16 @@ def test_demo_on_own_input(weights, tmp_path, capsys):
     out = tmp_path / "demo"
     flags = ["--quick", "--out", str(out), "--model-dense", str(weights), "--steps", "1"]
     assert main(["demo", *flags, "--input", str(clip(tmp_path / "clip.gif"))]) == 0
-    rows = check_numbers(out, ["dense", "vmonarch", "tiled"])
+    rows = check_numbers(out, ["dense", "vmonarch", "tiled", "adaspa", "corrected"])
     assert all(np.isfinite(float(row["input_psnr"])) for row in rows)
-    assert "no tuned weights" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no weights tuned to VMonarch" in printed
+    assert "no weights tuned to SALAD" in printed
+    # one step: AdaSpa searches, corrected attention refreshes, and both are dense
+    assert all(float(row["psnr"]) > 60 for row in rows[3:])
     with Image.open(out / "comparison.gif") as gif:
         assert gif.n_frames == CONFIG.frames
-        assert gif.width > 4 * 160  # the input is the fourth column
+        assert gif.width > 6 * 160  # the input is a column too
 
 
 @pytest.mark.parametrize(
@@ -175,6 +194,18 @@ def test_picked_heads():
     assert found == [("closest", 1, 0), ("median", 0, 1), ("worst", 0, 0)]
     assert len(pick_heads(np.asarray(gap)[:1])) == 2
     assert len(pick_heads(np.asarray(gap)[:1, ..., :1])) == 1
+
+
+def test_columns_of_a_comparison():
+    steps = {entry.key: entry.method for entry in entries(50)}
+    paper = vm.AdaSpa(block_size=16)
+    assert steps["adaspa"] == paper, "the paper's schedule at its number of steps"
+    sizes = {"heads": 3, "head_dim": 64}
+    grid = vm.VideoGrid(16, 8, 8)
+    dense = vm.flops.attention(vm.Dense(), grid, **sizes)
+    for key, most in (("vmonarch", 0.26), ("adaspa", 0.45), ("salad", 0.12), ("corrected", 0.3)):
+        count = sum(flops_of_steps(steps[key], 50, 1, grid, **sizes))
+        assert count < most * 50 * dense, key
 
 
 def test_likeness_of_equal_and_of_shifted_videos():

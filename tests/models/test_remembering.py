@@ -150,6 +150,20 @@ def test_states_of_a_model(model, forward):
         model(*inputs, attention=ECHO, attention_state=(None, None))
 
 
+def test_linear_branches_change_no_state():
+    config = dataclasses.replace(SMALL, linear_layers=(1,))
+    model = nnx.eval_shape(lambda: VideoDiT(config, attention=ECHO, rngs=nnx.Rngs(0)))
+    rebuild, params = split_params(model)
+
+    def call(params, state):
+        return rebuild(params)(NOISE, jnp.ones(2), LABEL, attention_state=state, step=0)
+
+    state = model.init_attention_state(2)
+    velocity, after = jax.eval_shape(call, params, state)
+    chex.assert_shape(velocity, NOISE.shape)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
 def test_one_program_serves_all_steps(model):
     """With `on_step`, neither the number of a step nor a first state makes another program."""
     placed = jax.device_put(NOISE, jax.devices()[0])
