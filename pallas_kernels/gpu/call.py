@@ -243,17 +243,17 @@ def load_per_column(ref: Any) -> Array:
     return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(0))
 
 
-def by_row(x: Float[Array, "n"], shape: tuple[int, int]) -> Float[Array, "n m"]:
+def by_row(x: Float[Array, "n"], shape: tuple[int, ...]) -> Float[Array, "n m"]:
     """A number for each row, all over the row."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def by_column(x: Float[Array, "m"], shape: tuple[int, int]) -> Float[Array, "n m"]:
+def by_column(x: Float[Array, "m"], shape: tuple[int, ...]) -> Float[Array, "n m"]:
     """A number for each column, all over the column."""
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def column_numbers(shape: tuple[int, int]) -> Array:
+def column_numbers(shape: tuple[int, ...]) -> Array:
     """Each entry's column."""
     if mode.interpreting() is not None:
         return lax.broadcasted_iota(jnp.int32, shape, 1)

@@ -1,4 +1,8 @@
-"""The L step of up to 128 frames on a Hopper GPU; the gradient is that of "xla"."""
+"""The L step of up to 128 frames on a Hopper GPU.
+
+The gradient is by kernels too up to 64 frames. Beyond, they would have too few registers, and the
+gradient is that of "xla", which computes everything again.
+"""
 
 import functools
 from typing import Any
@@ -10,7 +14,10 @@ from jaxtyping import Array, Bool, Float
 from ..block_sizes import BlockSizes
 from ..gpu.checks import check
 from ..numerics import MASKED, TINY_MASS
-from . import gpu_forward, xla
+from . import gpu_backward, gpu_forward, xla
+
+# Frames whose gradients are by kernels.
+LONGEST_BACKWARD = 64
 
 
 def last(
@@ -91,6 +98,11 @@ def _last_forward(block_sizes, q, al, cl, y, key_blocks):
 
 def _last_backward(block_sizes, saved: Any, gradient: Any):
     *arrays, key_blocks = saved
+    q, al, cl, y = arrays
+    if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
+        dout, dlse = gradient
+        dq, dal, dcl, dy = gpu_backward.last_backward(q, al, _bias(cl, key_blocks), y, dout, dlse)
+        return dq, dal, dcl.astype(cl.dtype), dy, None
 
     def again(q, al, cl, y):
         out, lse = xla.last(q, al, cl, y, key_blocks=key_blocks, block_sizes=block_sizes)
@@ -117,6 +129,12 @@ def _middle_forward(settings, q, al, cl, queries, key_blocks):
 def _middle_backward(settings, saved: Any, dqt):
     floor, block_sizes = settings
     *arrays, queries, key_blocks = saved
+    q, al, cl = arrays
+    if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
+        dq, dal, dcl = gpu_backward.middle_backward(
+            q, al, _bias(cl, key_blocks), queries, dqt, floor=floor
+        )
+        return dq, dal, dcl.astype(cl.dtype), None, None
 
     def again(q, al, cl):
         return xla.middle(

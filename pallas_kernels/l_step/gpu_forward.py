@@ -84,17 +84,17 @@ class Plan:
     per_processor: int
 
 
-def plan(stage: int, result: int) -> Plan:
+def plan(stage: int, result: int, least: int = 2) -> Plan:
     """The most copies under way that fit, `stage` and `result` bytes each.
 
-    Two blocks of threads a multiprocessor hide each other's products and exponentials; where two
-    do not fit, one block with more stages does.
+    Several blocks of threads a multiprocessor hide each other's products and exponentials; where
+    they would have fewer than `least` stages, one block with more stages does.
     """
     for per_processor, most in ((4, 2), (2, 4), (1, 4)):
         memory = mode.SHARED_MEMORY // per_processor - SPARE
         for results in (2, 1):
             stages = min(most, (memory - results * result) // stage)
-            if stages >= 2:
+            if stages >= least:
                 return Plan(stages, results, per_processor)
     raise NotImplementedError(f"an L step of {stage} bytes a position does not fit shared memory")
 
@@ -124,7 +124,7 @@ def last(
             for ref, to, length in (
                 (q_ref, q_tiles, rows), (al_ref, al_tiles, keys), (y_ref, y_tiles, keys),
             ):  # fmt: skip
-                fetch(ref, _rows_of(group, position, 0, length), to.at(slot), barrier)
+                fetch(ref, rows_of(group, position, 0, length), to.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
 
         def compute(step, group, position, slot):
@@ -144,21 +144,21 @@ def last(
                 store([x * by_row(share, x.shape) for x in out], out_tiles.at(at))
                 lse_lines[at] = top * LN2 + jnp.log(total)
                 plgpu.commit_smem()
-                send(out_tiles.at(at), out_ref, _rows_of(group, position, tile * ROWS, ROWS))
+                send(out_tiles.at(at), out_ref, rows_of(group, position, tile * ROWS, ROWS))
                 there = min(ROWS, width - tile * ROWS)
                 to = lse_ref.at[group, position, pl.ds(tile * ROWS, there)]
                 plgpu.copy_smem_to_gmem(lse_lines.at[at, pl.ds(0, there)], to)
 
-        _walk(load, compute, loaded, g, n, way)
+        walk(load, compute, loaded, g, n, way)
 
     out, lse = launch(
         body,
         name="l_step_last",
-        grid=(_blocks(g * n, way),),
+        grid=(blocks_of_threads(g * n, way),),
         grid_names=("blocks",),
         threads=1,
         out_type=(
-            jax.ShapeDtypeStruct((g, _stored(m), n, e), y.dtype),
+            jax.ShapeDtypeStruct((g, stored(m), n, e), y.dtype),
             jax.ShapeDtypeStruct((g, n, width), jnp.float32),
         ),
         scratch=(
@@ -172,7 +172,7 @@ def last(
         ),
         flops=2 * g * n * m * blocks * (d + e),
         moved=2 * g * n * (m * (d + e) + blocks * (d + e)) + 4 * g * n * (line + width),
-    )(q, al, y, _lines(bias, line))
+    )(q, al, y, position_lines(bias * LOG2E, line))
     return out[:, :m], lse[..., :m].swapaxes(1, 2)
 
 
@@ -198,22 +198,19 @@ def middle(
     # A row that is no query has a log-sum-exp above every score: no weight.
     barred = None if queries is None else jnp.where(queries, 0.0, -MASKED)
 
-    def body(q_ref, al_ref, bias_ref, *rest):
-        barred_ref, (qt_ref, q_tiles, al_tiles, bias_lines, *rest) = (
-            (None, rest) if barred is None else (rest[0], rest[1:])
-        )
-        barred_lines, (qt_tiles, lse_line, loaded) = (
-            (None, rest) if barred is None else (rest[0], rest[1:])
-        )
-
+    def body(q_ref, al_ref, bias_ref, *rest: Any):
+        barred_ref, rest = (None, rest) if barred is None else (rest[0], rest[1:])
+        qt_ref, q_tiles, al_tiles, bias_lines, *rest = rest
+        barred_lines, rest = (None, rest) if barred is None else (rest[0], rest[1:])
+        qt_tiles, lse_line, loaded = rest
         q_tiles, al_tiles, qt_tiles = map(tiles, (q_tiles, al_tiles, qt_tiles))
 
         def load(group, position, slot):
             barrier = loaded.at[slot]
-            fetch(q_ref, _rows_of(group, position, 0, rows), q_tiles.at(slot), barrier)
-            fetch(al_ref, _rows_of(group, position, 0, keys), al_tiles.at(slot), barrier)
+            fetch(q_ref, rows_of(group, position, 0, rows), q_tiles.at(slot), barrier)
+            fetch(al_ref, rows_of(group, position, 0, keys), al_tiles.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
-            if barred_ref is not None:
+            if barred is not None:
                 source = barred_ref.at[group, position]
                 plgpu.copy_gmem_to_smem(source, barred_lines.at[slot], barrier)
 
@@ -226,7 +223,7 @@ def middle(
                 top = jnp.maximum(x.max(axis=1), LOWEST)
                 total = jnp.exp2(x - by_row(top, x.shape)).sum(axis=1)
                 lse = top + jnp.log(jnp.maximum(total, TINY_SUM)) * LOG2E
-                if barred_lines is not None:
+                if barred is not None:
                     lse = lse + load_per_row(barred_lines.at[slot, pl.ds(start, ROWS)])
                 lse_line[pl.ds(start, ROWS)] = lse
             lse = load_per_column(lse_line)
@@ -246,19 +243,19 @@ def middle(
                 plgpu.wait_smem_to_gmem(way.results - 1, wait_read_only=True)
                 store([x * by_row(share, x.shape) for x in qt], qt_tiles.at(at))
                 plgpu.commit_smem()
-                send(qt_tiles.at(at), qt_ref, _rows_of(group, position, tile * ROWS, ROWS))
+                send(qt_tiles.at(at), qt_ref, rows_of(group, position, tile * ROWS, ROWS))
                 plgpu.commit_smem_to_gmem_group()
 
-        _walk(load, compute, loaded, g, n, way)
+        walk(load, compute, loaded, g, n, way)
 
-    extra = [] if barred is None else [_lines(barred, row_line)]
+    extra = [] if barred is None else [position_lines(barred, row_line)]
     qt = launch(
         body,
         name="l_step_middle",
-        grid=(_blocks(g * n, way),),
+        grid=(blocks_of_threads(g * n, way),),
         grid_names=("blocks",),
         threads=1,
-        out_type=jax.ShapeDtypeStruct((g, _stored(blocks), n, d), q.dtype),
+        out_type=jax.ShapeDtypeStruct((g, stored(blocks), n, d), q.dtype),
         scratch=(
             tile_memory((way.stages,), rows, d, q.dtype),
             tile_memory((way.stages,), keys, d, al.dtype),
@@ -270,11 +267,11 @@ def middle(
         ),
         flops=4 * g * n * m * blocks * d,
         moved=2 * g * n * d * (m + 2 * blocks) + g * n * lines,
-    )(q, al, _lines(bias, key_line), *extra)
+    )(q, al, position_lines(bias * LOG2E, key_line), *extra)
     return qt[:, :blocks]
 
 
-def _walk(
+def walk(
     load: Callable[..., None], compute: Callable[..., None], loaded: Any, g: int, n: int, way: Plan
 ) -> None:
     """A warpgroup's walk over its positions, with the copies of `way.stages` of them under way.
@@ -283,7 +280,7 @@ def _walk(
     `compute(step, group, position, slot)` uses what they brought, and is done with it when every
     thread has passed its last barrier.
     """
-    blocks = _blocks(g * n, way)
+    blocks = blocks_of_threads(g * n, way)
     first = lax.axis_index("blocks")
     mine = lax.div(g * n - 1 - first, blocks) + 1
 
@@ -299,7 +296,9 @@ def _walk(
 
     @pl.loop(0, mine)
     def _(step):
-        slot = lax.rem(step, way.stages)
+        # One slot is slot 0, but a compiler that knows it computes the address of every tile of a
+        # position once and for all, and has no registers left.
+        slot = lax.rem(step, way.stages) if way.stages > 1 else lax.shift_right_logical(step, 30)
         plgpu.barrier_wait(loaded.at[slot])
         compute(step, *place(step), slot)
 
@@ -310,22 +309,24 @@ def _walk(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _rows_of(group: Any, position: Any, start: int, count: int) -> tuple[Any, ...]:
+def rows_of(group: Any, position: Any, start: int, count: int) -> tuple[Any, ...]:
     """The index of rows of a position, which may pass the end of the array."""
     return group, pl.ds(position * 0 + start, count), position
 
 
-def _blocks(positions: int, way: Plan) -> int:
+def blocks_of_threads(positions: int, way: Plan) -> int:
     """Blocks of threads: as many as run at once."""
     return min(positions, mode.multiprocessors() * way.per_processor)
 
 
-def _stored(length: int) -> int:
+def stored(length: int) -> int:
     """Rows of a result. The interpreter, unlike the copy engine, cannot leave out rows."""
     return length if mode.interpreting() is None else round_up(length, ROWS)
 
 
-def _lines(x: Float[Array, "g k n"], length: int) -> Float[Array, "g n length"]:
-    """A line of `length` for each position, in units of log2 e; masked beyond the array."""
-    x = (x * LOG2E).swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])), constant_values=MASKED)
+def position_lines(
+    x: Float[Array, "g k n"], length: int, beyond: float = MASKED
+) -> Float[Array, "g n length"]:
+    """A line of `length` for each position; `beyond` the end of the array."""
+    x = x.swapaxes(1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])), constant_values=beyond)

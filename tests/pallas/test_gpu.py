@@ -44,7 +44,8 @@ def tolerance_of(dtype):
     return "bfloat16" if dtype == "float16" else dtype
 
 
-def l_inputs(g, m, blocks, n, d, e, dtype):
+def l_inputs(size, dtype):
+    g, m, blocks, n, d, e = size
     q, al, y = arrays([(g, m, n, d), (g, blocks, n, d), (g, blocks, n, e)], "float32")
     cl = -3 * jnp.abs(arrays([(g, blocks, n)], "float32", 1)[0])
     return q.astype(dtype), (2 * d**-0.5 * al).astype(dtype), y.astype(dtype), cl
@@ -64,7 +65,7 @@ L_SIZES = [
 
 @pytest.mark.parametrize(("size", "dtype"), L_SIZES)
 def test_l_step(size, dtype):
-    q, al, y, cl = l_inputs(*size, dtype)
+    q, al, y, cl = l_inputs(size, dtype)
     out, lse = l_step.last(q, al, cl, y, block_sizes=SIZES)
     qt = l_step.middle(q, al, cl, floor=0.1, block_sizes=SIZES)
     assert (out.dtype, lse.dtype, qt.dtype) == (dtype, jnp.float32, dtype)
@@ -77,7 +78,7 @@ def test_l_step(size, dtype):
 
 def test_l_step_with_masks():
     g, m, n = 2, 6, 2
-    q, al, y, cl = l_inputs(g, m, m, n, 64, 64, "bfloat16")
+    q, al, y, cl = l_inputs((g, m, m, n, 64, 64), "bfloat16")
     key_blocks = jnp.ones((g, m), bool).at[0, 2:4].set(False).at[1].set(False)
     queries = jnp.asarray(np.random.default_rng(2).random((g, m, n)) < 0.6)
     masks = {"key_blocks": key_blocks}
@@ -89,6 +90,34 @@ def test_l_step_with_masks():
     qt = l_step.middle(q, al, cl, floor=0.1, **masks, block_sizes=SIZES)
     expected = l_reference.middle(*wide(q, al, cl), floor=0.1, **masks)
     assert_close(qt, expected, "bfloat16", "forward", "qt")
+
+
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_of_the_l_step(masked):
+    size = (1, 5, 7, 2, 64, 128)
+    q, al, y, cl = l_inputs(size, "bfloat16")
+    cl = cl - 2  # some key blocks below the floor, some above
+    masks = {}
+    if masked:
+        masks["key_blocks"] = jnp.ones((1, 7), bool).at[0, 2:4].set(False)
+    queries = jnp.asarray(np.random.default_rng(2).random((1, 5, 2)) < 0.6) if masked else None
+    of_last = arrays([(1, 5, 2, 128)], "bfloat16", 3)[0], arrays([(1, 5, 2)], "float32", 4)[0]
+    of_middle = arrays([(1, 7, 2, 64)], "bfloat16", 5)[0]
+
+    def both(steps, **more):
+        def last(*arrays):
+            return steps.last(*arrays, **masks, **more)
+
+        def middle(*arrays):
+            return steps.middle(*arrays, floor=0.5, queries=queries, **masks, **more)
+
+        return (last, (q, al, cl, y), of_last), (middle, (q, al, cl), of_middle)
+
+    for found, wanted in zip(both(l_step, block_sizes=SIZES), both(l_reference), strict=True):
+        function, inputs, cotangents = found
+        gradients = jax.vjp(function, *inputs)[1](cotangents)
+        for x, expected in zip(gradients, oracle_gradient(*wanted), strict=True):
+            assert_close(x, expected, "bfloat16", "gradient", function.__name__)
 
 
 # Groups, rows, keys, head dim: tails of rows and keys, fewer keys than a block, several blocks.
