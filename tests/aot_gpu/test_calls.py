@@ -1,4 +1,4 @@
-"""Whole calls of the cuDNN route, compiled for an H100 with no GPU: `make aot-gpu`."""
+"""Whole calls of the GPU routes, compiled for an H100 with no GPU: `make aot-gpu`."""
 
 import importlib.util
 import os
@@ -15,9 +15,18 @@ pytestmark = [
 ]
 
 
-# An A100 has no fused L step: one size is enough to see that it compiles.
-@pytest.mark.parametrize("flags", [["--device", "h100"], ["--device", "a100", "--frames", "16"]])
-def test_gates(flags):
+# Device, implementation, frames. An A100 has no kernels of ours: one size tells enough.
+CALLS = [
+    ("h100", "cudnn", (16, 20, 46, 81)),
+    ("h100", "pallas_gpu", (16, 81)),
+    ("a100", "cudnn", (16,)),
+]
+
+
+@pytest.mark.parametrize(("device", "implementation", "frames"), CALLS)
+def test_gates(device, implementation, frames):
+    flags = ["--device", device, "--implementation", implementation, "--frames"]
+    flags += map(str, frames)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_gates", *flags],
         cwd=ROOT,
@@ -27,7 +36,7 @@ def test_gates(flags):
         text=True,
     )
     print(done.stdout[-20000:])
-    lines = [line for line in done.stdout.splitlines() if line.startswith(flags[1])]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(device)]
     failed = [line for line in lines if ": FAILED" in line]
     assert done.returncode == 0, "\n".join(failed) or done.stdout[-3000:]
-    assert len(lines) == (2 if "--frames" in flags else 8), done.stdout[-3000:]
+    assert len(lines) == 2 * len(frames), done.stdout[-3000:]

@@ -1,0 +1,72 @@
+"""What is read from the compilers for GPUs, on what they print."""
+
+from benchmarks import gpu_gates
+from benchmarks.gpu_target import DEVICES, Compiled, read_ptxas
+
+SAID = """ptxas info    : 0 bytes gmem
+ptxas info    : (C7509) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Compiling entry function 'first' for 'sm_90a'
+ptxas info    : Function properties for first
+    16 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 16 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compiling entry function 'second' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+"""
+PTX = """.version 8.4
+.visible .entry first( )
+{ wgmma.mma_async.sync.aligned.m64n128k16; wgmma.mma_async.sync.aligned.m64n128k16; }
+.visible .entry second( )
+{ ret; }
+"""
+
+
+def test_ptxas():
+    first, second = read_ptxas(SAID, PTX)
+    assert (first.name, first.registers, first.spills, first.stack) == ("first", 168, 64, 16)
+    assert (first.shared, first.wgmma) == (1024, 2)
+    assert "serialized" in first.notes[0]
+    assert (second.registers, second.spills, second.stack) == (32, 0, 0)
+    assert (second.shared, second.wgmma) == (0, 0)
+
+
+def test_devices():
+    assert DEVICES["h100"].capability == "9.0"
+    assert DEVICES["a100"].capability == "8.0"
+    for device in DEVICES.values():
+        assert "{{" not in device.config
+        assert device.config.count("{") == device.config.count("}")
+
+
+HLO = """HloModule m
+
+%fused (p: bf16[8,128]) -> bf16[128,8] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %t = bf16[128,8]{1,0} transpose(%p), dimensions={1,0}
+}
+
+ENTRY %main (a: bf16[8,128]) -> bf16[128,8] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %c = (bf16[8,128]{1,0}, u8[0]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
+  %g = bf16[8,128]{1,0} get-tuple-element(%c), index=0
+  ROOT %f = bf16[128,8]{1,0} fusion(%g), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_gates():
+    compiled = Compiled(HLO, None, {})
+    assert compiled.calls("__cudnn") == ["__cudnn$fmhaSoftmax"]
+    assert gpu_gates.around(compiled) == 2 * 2 * 8 * 128
+    assert gpu_gates.counted(compiled) == (1, 0, 0)
+    found = {"calls": (4, 0, 2), "moved": 1, "temporary": 1}
+    what = ("h100", "cudnn", "forward")
+    assert gpu_gates.wrong(what, **found) == []
+    for wrong, message in (
+        ({"calls": (1, 0, 0)}, "expected (4, 0, 2) calls"),
+        ({"moved": 1000}, "XLA moves 1000.0 times q"),
+        ({"temporary": 1000}, "temporaries are 1000.0 times q"),
+    ):
+        (problem,) = gpu_gates.wrong(what, **(found | wrong))
+        assert problem.startswith(message)
+    assert gpu_gates.wrong(("a100", "cudnn", "forward"), **(found | {"calls": (4, 0, 0)})) == []
