@@ -69,9 +69,9 @@ def _forward(scale, gains, block_sizes, q, k, values, known):
 def _backward(scale, gains, block_sizes, saved: Any, gradient: Any):
     q, k, values, (outs, lse) = saved
     if not library.unserved(q[None], k[None], values):
-        one, several = _with_axis(gradient), _with_axis((values, outs))
+        values, outs, (douts, dlse) = map(_with_axis, (values, outs, gradient))
         dq, dk, dvalues = cudnn.backward(
-            q[None], k[None], *several, lse[None], *one, scale=scale, gains=gains
+            q[None], k[None], values, outs, lse[None], douts, dlse, scale=scale, gains=gains
         )
         return dq[0], dk[0], tuple(dv[0] for dv in dvalues), None
 

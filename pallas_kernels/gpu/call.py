@@ -164,7 +164,9 @@ def dot_transposed(
         then()
         return accumulator[...]
 
-    return pl.run_scoped(compute, plgpu.ACC((a.plain.shape[1], b.plain.shape[1]), jnp.float32))
+    return pl.run_scoped(
+        compute, plgpu.WGMMAAccumulatorRef((a.plain.shape[1], b.plain.shape[1]), jnp.float32)
+    )
 
 
 def dot(a: Float[Array, "n k"], b: Tiles) -> list[Float[Array, "n _"]]:
@@ -178,7 +180,9 @@ def dot(a: Float[Array, "n k"], b: Tiles) -> list[Float[Array, "n _"]]:
         return [accumulator[...] for accumulator in accumulators]
 
     shape = (a.shape[0], b.width)
-    return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for _ in range(b.panels)))
+    return pl.run_scoped(
+        compute, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for _ in range(b.panels))
+    )
 
 
 def add_dot(
@@ -203,7 +207,8 @@ def add_dot(
             plgpu.wgmma(accumulator, a, b)
         then()
 
-    return list(pl.run_state(compute)([plgpu.ACC.init(x) for x in start]))
+    sums: Any = pl.run_state(compute)([plgpu.WGMMAAccumulatorRef.init(x) for x in start])
+    return list(sums)
 
 
 def _plain(a: Array, b: Array, contracted: int) -> Array:

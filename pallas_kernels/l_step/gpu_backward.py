@@ -246,11 +246,10 @@ def middle_backward(
                 share = 1.0 / jnp.maximum(mass, floor)
                 mean = dot(weights, q_here)
                 dqt_here = ds_here.rows(start, ROWS)
-                through = None
+                through = jnp.zeros_like(mass)
                 for panel, x in enumerate(mean):
                     ds = load_panel(dqt_here, panel).astype(jnp.float32) * by_row(share, x.shape)
-                    product = (x * ds).sum(axis=1)
-                    through = product if through is None else through + product
+                    through = through + (x * ds).sum(axis=1)
                     dqt_here.tiled[panel] = ds.astype(q.dtype)
                 mass_line[pl.ds(start, ROWS)] = jnp.where(mass > floor, -share * through, 0.0)
             plgpu.commit_smem()

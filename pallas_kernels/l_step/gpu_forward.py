@@ -196,13 +196,15 @@ def middle(
     lines = 4 * (key_line + (0 if queries is None else row_line))
     way = plan(2 * d * (rows + keys) + lines, 2 * ROWS * d)
     # A row that is no query has a log-sum-exp above every score: no weight.
-    barred = None if queries is None else jnp.where(queries, 0.0, -MASKED)
+    barred = [] if queries is None else [jnp.where(queries, 0.0, -MASKED)]
+    extra = [position_lines(x, row_line) for x in barred]
 
     def body(q_ref, al_ref, bias_ref, *rest: Any):
-        barred_ref, rest = (None, rest) if barred is None else (rest[0], rest[1:])
-        qt_ref, q_tiles, al_tiles, bias_lines, *rest = rest
-        barred_lines, rest = (None, rest) if barred is None else (rest[0], rest[1:])
-        qt_tiles, lse_line, loaded = rest
+        refs = list(rest)
+        barred_ref: Any = refs.pop(0) if extra else None
+        qt_ref, q_tiles, al_tiles, bias_lines = refs[:4]
+        barred_lines: Any = refs[4] if extra else None
+        qt_tiles, lse_line, loaded = refs[-3:]
         q_tiles, al_tiles, qt_tiles = map(tiles, (q_tiles, al_tiles, qt_tiles))
 
         def load(group, position, slot):
@@ -210,7 +212,7 @@ def middle(
             fetch(q_ref, rows_of(group, position, 0, rows), q_tiles.at(slot), barrier)
             fetch(al_ref, rows_of(group, position, 0, keys), al_tiles.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
-            if barred is not None:
+            if extra:
                 source = barred_ref.at[group, position]
                 plgpu.copy_gmem_to_smem(source, barred_lines.at[slot], barrier)
 
@@ -223,7 +225,7 @@ def middle(
                 top = jnp.maximum(x.max(axis=1), LOWEST)
                 total = jnp.exp2(x - by_row(top, x.shape)).sum(axis=1)
                 lse = top + jnp.log(jnp.maximum(total, TINY_SUM)) * LOG2E
-                if barred is not None:
+                if extra:
                     lse = lse + load_per_row(barred_lines.at[slot, pl.ds(start, ROWS)])
                 lse_line[pl.ds(start, ROWS)] = lse
             lse = load_per_column(lse_line)
@@ -248,7 +250,6 @@ def middle(
 
         walk(load, compute, loaded, g, n, way)
 
-    extra = [] if barred is None else [position_lines(barred, row_line)]
     qt = launch(
         body,
         name="l_step_middle",
