@@ -19,11 +19,11 @@ HEADS, DIM = 12, 128
 
 PASSES = ("forward", "forward + backward")
 
-# The most frames whose L steps have gradients by this library's kernels; XLA computes those of more.
+# The most frames whose L steps have gradients by this library's kernels; beyond, XLA has them.
 SHORT = 64
 
-# Calls of cuDNN forward, backward, and of this library's kernels where there are any (Hopper), up to
-# and beyond `SHORT`. R steps: the first, then the last (cuDNN's: with values K, with values V);
+# Calls of cuDNN forward, backward, and of this library's kernels where there are any (Hopper), up
+# to and beyond `SHORT`. R steps: the first, then the last (cuDNN's: with values K, with values V);
 # dense rows; two L steps.
 CALLS = {
     ("cudnn", "forward"): (4, 0, (2, 2)),
