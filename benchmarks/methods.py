@@ -45,7 +45,7 @@ class Probe:
 
     Args:
         method: the method value.
-        sink: called as `sink(step, error, kl)` with the mean over heads and batch; `kl` is NaN for
+        sink: called as `sink(step, error, kl)` with the mean over heads and batch; `kl` is 0 for
             a method that has no certificate.
     """
 
@@ -62,12 +62,11 @@ class Probe:
     ) -> Any:
         """Dense attention's output."""
         exact, exact_lse = vm.dense_attention(query, key, value, return_lse=True)
-        certified = not isinstance(self.method, vm.Corrected)
         found, own = vm.attend(
             self.method, query, key, value, grid=grid, state=state["own"], step=step,
-            **({"return_lse": True} if certified else {}),
+            **({"return_lse": True} if certified(self.method) else {}),
         )  # fmt: skip
-        out, lse = found if certified else (found, jnp.full(exact_lse.shape, jnp.nan))
+        out, lse = found if certified(self.method) else (found, exact_lse)
         length = functools.partial(jnp.linalg.norm, axis=(1, 3))
         error = (length(out - exact) / length(exact)).mean()
         jax.debug.callback(self.sink, step, error, jnp.maximum(exact_lse - lse, 0).mean())
@@ -166,7 +165,7 @@ class Study:
             "flops": (ordinary + extra) / dense,
             "run_flops": (sum(counts) / steps + extra) / dense,
             "error": float(by_step[plain, 0].mean()), "run_error": float(by_step[:, 0].mean()),
-            "kl": float(by_step[plain, 1].mean()),
+            "kl": float(by_step[plain, 1].mean()) if certified(method) else None,
             "difference": relative_difference(video, own), "psnr": measures.psnr(video, own),
             "from_dense": relative_difference(video, exact),
         }  # fmt: skip
@@ -198,6 +197,11 @@ class Study:
         grid = self.args.timed
         count = vm.flops.attention(entry.method(grid, TIMED_BLOCK), grid)
         return count / vm.flops.attention(vm.Dense(), grid)
+
+
+def certified(method: Any) -> bool:
+    """Whether a method has a log-sum-exp, and so a certificate."""
+    return not isinstance(method, vm.Corrected)
 
 
 def relative_difference(video: Any, reference: Any) -> float:

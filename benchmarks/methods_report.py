@@ -9,6 +9,7 @@ import matplotlib
 from . import methods_tpu
 from .cases import table
 from .methods_list import ENTRIES
+from .picture import Point, label_points
 
 matplotlib.use("Agg", force=False)
 from matplotlib import pyplot as plt
@@ -43,10 +44,10 @@ dense attention.
 ## On a TPU, by static schedule
 
 Speedup of one head of 128 in bfloat16 over the fastest dense attention (JAX's or tokamax's splash
-attention), by `../tpu_schedule.json` ([how to read it](../../docs/tpu.md)). **Nothing here has run on
-a TPU.** Block-sparse parts are scaled by their kept pairs from the scheduled case nearest in size and
-share. Left out are: putting tokens in the order of tiles and back (sliding window, SALAD), SALAD's
-linear branch, and the masked L step of guided attention, which has no kernel of its own.
+attention), by `../tpu_schedule.json` ([how to read it](../../docs/tpu.md)). **Nothing here has run
+on a TPU.** Block-sparse parts are scaled by their kept pairs from the scheduled case nearest in
+size and share. Left out are: putting tokens in the order of tiles and back (sliding window, SALAD),
+SALAD's linear branch, and the masked L step of guided attention, which has no kernel of its own.
 
 {tpu}
 """
@@ -119,7 +120,7 @@ def in_readme(text: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _kl(row: dict[str, Any]) -> str:
-    return "-" if row["kl"] != row["kl"] else f"{row['kl']:.3f}"
+    return "-" if row["kl"] is None else f"{row['kl']:.3f}"
 
 
 def _psnr(row: dict[str, Any]) -> str:
@@ -136,30 +137,38 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 3, figsize=(10.5, 4.2), layout="constrained")
+        points: list[list[Point]] = []
         for axis, (y, x, y_name, x_name) in zip(axes, panels, strict=True):
+            points.append([])
             for row in rows:
                 # Tuned weights make other samples for another reason than the attention's error.
                 if row["group"] == "dense" or (row["group"] == "tuned" and y == "difference"):
                     continue
                 colour, marker = COLOURS[row["group"]]
                 at = row["seconds"][0] / row["seconds"][1] if x == "time" else row[x]
-                axis.plot(at, row[y], marker, color=colour, markersize=9 if marker == "*" else 5)
-                axis.annotate(
-                    row["key"].replace("_", " "), (at, row[y]), (4, 3), fontsize=6.5,
-                    textcoords="offset points", color=colour,
+                axis.plot(
+                    at, row[y], marker, color=colour, markersize=9 if marker == "*" else 5,
+                    linestyle="none",
                 )  # fmt: skip
+                points[-1].append((at, row[y], row["key"].replace("_", " "), colour))
             axis.set(xlabel=x_name, ylabel=y_name, xscale="log")
-            axis.set_xticks([0.05, 0.1, 0.2, 0.3, 0.5, 1.0])
+            axis.set_xticks([0.1, 0.15, 0.2, 0.3, 0.5])
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.25, linewidth=0.5)
-            axis.margins(0.15, 0.08)
+            axis.margins(0.2, 0.1)
             axis.set_ylim(bottom=0)
         marks = [
-            plt.Line2D([], [], color=c, marker=m, linestyle="none") for c, m in COLOURS.values()
+            plt.Line2D([], [], color=colour, marker=marker, linestyle="none")
+            for colour, marker in COLOURS.values()
         ]
         figure.legend(
             marks[:-1], list(COLOURS)[:-1], loc="outside lower center", ncols=4, frameon=False
         )
+        # Labels look for room in the final layout, so that comes first.
+        figure.canvas.draw()
+        figure.set_layout_engine("none")
+        for axis, found in zip(axes, points, strict=True):
+            label_points(axis, found)
         figure.savefig(path, dpi=200)
         plt.close(figure)

@@ -57,7 +57,7 @@ def draw(rows: Iterable[dict[str, Any]], path: Path) -> None:
         figure.canvas.draw()
         figure.set_layout_engine("none")
         for axis, found in zip(axes, points, strict=True):
-            _label(axis, found)
+            label_points(axis, found)
         figure.savefig(path, dpi=200)
         plt.close(figure)
 
@@ -81,7 +81,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], key: str) -> list[Point]:
     return points
 
 
-def _label(axis: Any, points: list[Point]) -> None:
+def label_points(axis: Any, points: list[Point]) -> None:
     """Each point's label at the first place around it where nothing else is."""
     renderer = axis.figure.canvas.get_renderer()
     half = 3.2 * axis.figure.dpi / 72

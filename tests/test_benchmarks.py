@@ -1,6 +1,7 @@
 """The benchmarks run and print finite numbers; how fast they are is no test's business."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -9,6 +10,9 @@ import sys
 
 import pytest
 from repository import ROOT
+
+from benchmarks.methods_list import ENTRIES
+from benchmarks.methods_report import in_readme
 
 
 def run(module, *flags):
@@ -97,3 +101,24 @@ def test_past_papers(tmp_path):
     assert {row["guide"] for row in guided} >= {"none", "true gap", "mass alone"}
     assert all(0 <= float(row["error"]) < 1 and float(row["flops"]) > 0 for row in guided)
     assert all(float(row["error"]) >= 0 for row in rows if row["part"] == "samples")
+
+
+@pytest.mark.slow
+def test_methods(tmp_path):
+    run("methods", "--out", tmp_path)
+    rows = json.loads((tmp_path / "methods.json").read_text())["rows"]
+    assert rows["dense"]["difference"] == 0
+    assert rows["dense"]["error"] < 1e-5
+    for row in rows.values():
+        assert 0 < row["flops"] <= 1, row
+        assert all(0 <= row[name] < math.inf for name in ("error", "run_error", "difference")), row
+    assert "| dense" in (tmp_path / "methods.md").read_text()
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+
+
+def test_the_readme_has_the_recorded_comparison():
+    record = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())["rows"]
+    rows = [record[entry.key] | {"key": entry.key} for entry in ENTRIES if entry.key in record]
+    assert len(rows) == len(ENTRIES)
+    text = (ROOT / "README.md").read_text()
+    assert in_readme(text, rows) == text
