@@ -3,6 +3,7 @@
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/wan_sharded.py model 0 1 2 3
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -18,6 +19,7 @@ from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.collectives import collectives, unannounced
 from vmonarch_jax.models.wan.config import TransformerConfig
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
+from vmonarch_jax.models.wan.linear_branch import BRANCH
 from vmonarch_jax.models.wan.memory import begin
 from vmonarch_jax.models.wan.sharding import Sharding, make_mesh
 from vmonarch_jax.models.wan.transformer import WanTransformer
@@ -207,6 +209,46 @@ def memory():
     return found
 
 
+def linear():
+    """A model one of whose layers has a linear branch, with its gradients, against one device."""
+    config = dataclasses.replace(CONFIG, linear_layers=(0,))
+    rebuild, params = split_params(WanTransformer(config, rngs=nnx.Rngs(0)))
+    new = {name: drawn(4, *value.shape) for name, value in params.items() if BRANCH in name}
+    params |= new
+    size = (GRID.frames, 2 * GRID.height, 2 * GRID.width)
+    data = (
+        drawn(1, BATCH, *size, config.in_channels),
+        1000 * jax.random.uniform(jax.random.key(2), (BATCH,)),
+        drawn(3, BATCH, TEXT, config.text_dim),
+    )
+
+    def loss(params, sharding, *data):
+        out = rebuild(params)(*data, attention=vm.Dense(), sharding=sharding)
+        return jnp.square(out - data[0]).mean(), out
+
+    step = jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    want = step(params, None, *data)
+    found = {}
+    for sizes in MESHES[:1]:
+        sharding = Sharding(make_mesh(**sizes))
+        placed = jax.device_put(params, sharding.param_shardings(transformer_entries(config)))
+        given = [jax.device_put(x, sharding.placed("batch", *[None] * (x.ndim - 1))) for x in data]
+        compiled = step.lower(placed, sharding, *given).compile()
+        text = compiled.as_text()
+        samples = BATCH // sharding.ways("batch")
+        heads = samples * HEADS // sharding.ways("heads")
+        states = max(heads * config.head_dim**2, samples * config.dim)
+        found[str(sizes)] = {
+            "difference": difference(compiled(placed, *given), want),
+            "moved": all(float(jnp.abs(want[1][name][0]).max()) > 1e-6 for name in new),
+            "unannounced": [
+                f"{c.kind} along {c.axes}: {c.source}"
+                for c in unannounced(text, sharding, training=True, states=states)
+            ],
+        }
+    return found
+
+
 if __name__ == "__main__":
-    parts = {"attention": attention, "model": model, "memory": memory}
+    parts = {"attention": attention, "model": model, "memory": memory, "linear": linear}
     print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])))

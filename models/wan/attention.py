@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 import vmonarch_jax as vm
 
 from .config import TransformerConfig
 from .embeddings import rotate
+from .linear_branch import LinearBranch
 from .transformer_layers import FromHeads, HeadsNorm, Placement, ToHeads
 
 #: Attention of token-major q, k, v: the layer's method on the grid, and what it remembers then.
@@ -36,8 +39,15 @@ class SelfAttention(_Projections):
     """Attention of the video's tokens on each other, under any method.
 
     Formula: `q, k = rotate(norm(q)), rotate(norm(k))`, `out = attend(q, k, v)[0]`; the norm is over
-    all heads of a token together.
+    all heads of a token together. Where the configuration has `linear_layers`, SALAD's branch is
+    added before the projection: `out + linear(x, norm(q), norm(k), v)`.
     """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, param_dtype: Any) -> None:
+        super().__init__(config, rngs=rngs, param_dtype=param_dtype)
+        self.has_branch = bool(config.linear_layers)
+        if self.has_branch:
+            self.linear = LinearBranch(config, param_dtype=param_dtype)
 
     def __call__(
         self,
@@ -45,15 +55,29 @@ class SelfAttention(_Projections):
         rope: tuple[Array, Array],
         attend: Attend,
         place: Placement,
+        branch: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Any]:
-        """The update of the residual stream, in the dtype of `x`, and what `attend` remembers."""
+        """The update of the residual stream, in the dtype of `x`, and what `attend` remembers.
+
+        `branch` says whether the linear branch, if there is one, is used; `None`: it is.
+        """
+        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
         # Norm and turn are float32 together and rounded once.
-        q = rotate(self.q_norm(self.q(x)), *rope).astype(x.dtype)
-        k = rotate(self.k_norm(self.k(x)), *rope).astype(x.dtype)
-        heads = (place.constrain(a, "batch", "heads", "seq", None) for a in (q, k, self.v(x)))
+        turned = (rotate(a, *rope).astype(x.dtype) for a in (q, k))
+        heads = (place.constrain(a, "batch", "heads", "seq", None) for a in (*turned, v))
         # Methods take token-major arrays and turn them heads-major: XLA cancels both turns.
         out, memory = attend(*(a.swapaxes(1, 2) for a in heads))
-        return self.out(out), memory
+        if not self.has_branch:
+            return self.out(out), memory
+
+        def linear() -> Array:
+            return self.linear(x, q, k, v, rope, place)
+
+        def nothing() -> Array:
+            return jnp.zeros_like(out)
+
+        beside = linear() if branch is None else jax.lax.cond(branch, linear, nothing)
+        return self.out(out + beside), memory
 
 
 class CrossAttention(_Projections):

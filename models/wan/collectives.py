@@ -53,7 +53,7 @@ class Collective:
 
 
 def announced(
-    sharding: Sharding, training: bool = False, unsplit: int = 0
+    sharding: Sharding, training: bool = False, unsplit: int = 0, states: int = 0
 ) -> tuple[Announced, ...]:
     """The collectives that the rules imply, in the forward pass or in a training step.
 
@@ -63,6 +63,8 @@ def announced(
       unsplit: elements on one device of the largest activation that is whole along the mesh axes
         of "seq", such as text states. Where these are smaller than a parameter, the compiler may
         rather multiply them by the parts of it that each device has, and sum.
+      states: elements on one device of what linear branches sum over tokens: the larger of the
+        states of its heads and of its samples' mean tokens. 0: there are no such branches.
     """
     batch, seq = sharding.axes("batch"), sharding.axes("seq")
     params = sharding.axes("embed", "params")
@@ -78,21 +80,27 @@ def announced(
     if unsplit:
         why = "products of text and time with the parts of a parameter"
         found = (*found, Announced(("all-reduce",), params, why, unsplit))
+    if states:
+        why = "sums over tokens of the linear branches"
+        found = (*found, Announced(("all-reduce",), seq, why, states))
     if not training:
         return found
     both = ("all-reduce", "reduce-scatter")
+    heads, why = sharding.axes("heads"), "gradients of what linear branches add to the heads"
+    extra = (Announced(("all-gather",), heads, why),) if states else ()
     return (
         *found,
+        *extra,
         Announced(both, (*batch, *seq), "gradients of parameters"),
         Announced(("all-reduce",), sharding.mesh.axis_names, "the loss; norms of gradients", 1),
     )
 
 
 def unannounced(
-    hlo: str, sharding: Sharding, training: bool = False, unsplit: int = 0
+    hlo: str, sharding: Sharding, training: bool = False, unsplit: int = 0, states: int = 0
 ) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`) that no rule announces."""
-    allowed = announced(sharding, training, unsplit)
+    allowed = announced(sharding, training, unsplit, states)
 
     def fits(found: Collective, rule: Announced) -> bool:
         within = rule.most is None or found.elements <= rule.most

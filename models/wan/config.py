@@ -43,6 +43,8 @@ class TransformerConfig:
       image_positions: learnt positions of the image states (two images: 514), or `None`.
       per_token_time: whether every token may have a time of its own (Wan2.2 TI2V-5B).
       rope_theta: base of the rotary frequencies.
+      linear_layers: layers, from 0, whose self-attention has SALAD's linear branch beside it, under
+        whatever method; published models have none.
       dtype: "float32" or "bfloat16" of the matmuls; norms, modulation and embeddings of time are
         float32.
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full".
@@ -66,11 +68,13 @@ class TransformerConfig:
     image_positions: int | None = None
     per_token_time: bool = False
     rope_theta: float = 10_000.0
+    linear_layers: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     remat: str = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", tuple(self.patch))
+        object.__setattr__(self, "linear_layers", tuple(self.linear_layers))
         _positive(self, "dim", "heads", "layers", "ffn_dim", "in_channels", "out_channels")
         _positive(self, "text_dim", "text_length", "freq_dim")
         if len(self.patch) != 3 or min(self.patch) < 1:
@@ -82,6 +86,12 @@ class TransformerConfig:
             )
         if self.freq_dim % 2:
             raise ValueError(f"expected an even freq_dim, got {self.freq_dim}")
+        rising = sorted({layer for layer in self.linear_layers if 0 <= layer < self.layers})
+        if list(self.linear_layers) != rising:
+            raise ValueError(
+                f"expected linear_layers that rise within 0..{self.layers - 1}, "
+                f"got {self.linear_layers}"
+            )
         if self.remat not in ("none", "dots", "full"):
             raise ValueError(f'expected remat of "none", "dots", "full", got {self.remat!r}')
         _dtype_of(self.dtype)

@@ -25,7 +25,9 @@ def transformer_entries(config: TransformerConfig) -> tuple[Entry, ...]:
     Source: the keys of `WanTransformer3DModel` in Diffusers and of `WanModel` in Wan2.1.
     """
     image = _image(config) if config.image_dim else ()
-    return (*_embeddings(config), *image, *_attentions(config), *_block(config), *_head(config))
+    linear = _linear_branches(config) if config.linear_layers else ()
+    blocks = (*_attentions(config), *linear, *_block(config))
+    return (*_embeddings(config), *image, *blocks, *_head(config))
 
 
 def _embeddings(config: TransformerConfig) -> Iterator[Entry]:
@@ -88,6 +90,21 @@ def _attentions(config: TransformerConfig) -> Iterator[Entry]:
             f"blocks.{ours}.out", f"blocks.{{}}.{diffusers}.to_out.0", f"blocks.{{}}.{original}.o",
             (*split, dim), ("heads", "head_dim", "embed"), n, inputs=2,
         )  # fmt: skip
+
+
+def _linear_branches(config: TransformerConfig) -> Iterator[Entry]:
+    """SALAD's branches, of all layers; published weights have none, so the keys are our own."""
+    dim, split, n = config.dim, (config.heads, config.head_dim), config.layers
+    diffusers, original = (f"blocks.{{}}.{own}.linear_branch" for own in ("attn1", "self_attn"))
+    yield Entry(
+        "blocks.attn.linear.kernel", f"{diffusers}.weight", f"{original}.weight",
+        shape=(*split, dim), stored=(dim, dim), axes=(1, 0), layers=n,
+        logical=("layers", "heads", "head_dim", "embed"),
+    )  # fmt: skip
+    yield from _linear(
+        "blocks.attn.linear.gate", f"{diffusers}.gate", f"{original}.gate",
+        (dim, 1), ("embed", None), n,
+    )  # fmt: skip
 
 
 def _block(config: TransformerConfig) -> Iterator[Entry]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 import vmonarch_jax as vm
 from vmonarch_jax.memory import Step
@@ -56,11 +56,15 @@ class Block(nnx.Module):
         rope: tuple[Array, Array],
         attend: Attend,
         place: Placement,
+        branch: Bool[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch seq dim"], Any]:
-        """The residual stream after the block, in the dtype of `x`, and what `attend` remembers."""
+        """The residual stream after the block, in the dtype of `x`, and what `attend` remembers.
+
+        `branch` says whether this layer has the linear branch of the stack; `None`: it has.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(shared, self.modulation, x.shape[1])
         h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(x.dtype)
-        h, memory = self.attn(h, rope, attend, place)
+        h, memory = self.attn(h, rope, attend, place, branch)
         x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate1).astype(x.dtype)
         x = place.constrain(x, "batch", "seq", None)
         x = x + self.cross(self.cross_norm(x).astype(x.dtype), text, image, place)
@@ -213,14 +217,14 @@ class WanTransformer(nnx.Module):
         kind_of_layer = np.array([kinds.index(method) for method in methods], np.int32)
         calls = [functools.partial(_call, place, grid, step, method) for method in kinds]
 
-        def layer(x, own, params, kind):
+        def layer(x, own, params, kind, branch):
             def attend(q, k, v):
                 if len(calls) == 1:
                     return calls[0](own, q, k, v)
                 return jax.lax.switch(kind, calls, own, q, k, v)
 
             block = place.gather(nnx.merge(graph, params), entries, "blocks.")
-            return block(x, shared, text, image, rope, attend, place)
+            return block(x, shared, text, image, rope, attend, place, branch)
 
         layer = _remat(layer, self.config.remat)
 
@@ -228,11 +232,15 @@ class WanTransformer(nnx.Module):
             # states are carried and written where they lie: as outputs of the scan they would be
             # there twice
             x, memory = carry
-            params, kind, index = of
-            x, own = layer(x, memory.layer(index), params, kind)
+            params, kind, index, branch = of
+            x, own = layer(x, memory.layer(index), params, kind, branch)
             return (x, memory.with_layer(index, own)), None
 
-        layers = stacked, kind_of_layer, np.arange(len(methods), dtype=np.int32)
+        numbers = np.arange(len(methods), dtype=np.int32)
+        linear = self.config.linear_layers
+        # Only where layers differ is there anything to choose as the program runs.
+        branches = np.isin(numbers, linear) if 0 < len(linear) < len(numbers) else None
+        layers = stacked, kind_of_layer, numbers, branches
         return jax.lax.scan(body, (x, memory), layers)[0]
 
     def _check(self, latents, time, text, image) -> vm.VideoGrid:

@@ -71,6 +71,16 @@ def test_what_is_remembered_lies_where_its_heads_are():
         assert got["unannounced"] == [], mesh
 
 
+@pytest.mark.slow
+def test_linear_branches_sum_over_all_tokens():
+    found = run("linear")
+    assert len(found) == 1
+    for mesh, got in found.items():
+        assert got["difference"] < 1e-5, mesh
+        assert got["moved"], f"{mesh}: there are gradients to compare"
+        assert got["unannounced"] == [], mesh
+
+
 def test_every_full_size_parameter_divides():
     entries = transformer_entries(TransformerConfig(dim=5120, heads=40, layers=40, ffn_dim=13_824))
     sharding = Sharding(abstract(fsdp=2, context=8, tensor=4))

@@ -46,7 +46,14 @@ _TRANSFORMER = Part(
     transformer_entries,
     # A norm of queries to the image that some exports hold and that no forward pass uses.
     ignored=lambda sizes: ("blocks.*.attn2.norm_added_q.weight",),
-    float32=("*time_embedder*", "*scale_shift_table*", "*norm1*", "*norm2*", "*norm3*"),
+    float32=(
+        "*time_embedder*",
+        "*scale_shift_table*",
+        "*norm1*",
+        "*norm2*",
+        "*norm3*",
+        "*linear_branch.gate*",
+    ),
 )
 
 #: Every part by the name that it has in `Found.parts`.
