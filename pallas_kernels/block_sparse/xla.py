@@ -18,7 +18,11 @@ from ..chunks import chunk_length, map_chunks
 from ..numerics import MASKED, accumulator, precision
 
 # Keys that one step of the walk gathers for a query block: enough for long products.
-STEP_KEYS = 1024
+STEP_KEYS = 2048
+
+# Where the running maximum starts: below every score, and so far above a masked one that its weight
+# is zero without a second mask.
+NOTHING = MASKED / 2
 
 
 class _Plan(NamedTuple):
@@ -45,9 +49,11 @@ def block_sparse(
 ) -> tuple[Float[Array, "g n e"], Float[Array, "g n"]]:
     """`(out, lse)`; a row without keys gives zeros and -inf. Differentiable in q, k and v."""
     budget = block_sizes.scores()
-    slots = max(1, min(indices.shape[-1], STEP_KEYS // block, budget // block**2))
-    room = -(-indices.shape[-1] // slots) * slots
-    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, room - indices.shape[-1])))
+    most, listed = max(1, min(STEP_KEYS // block, budget // block**2)), indices.shape[-1]
+    # Even shares, so that the last step of the walk is not mostly empty.
+    slots = -(-listed // -(-listed // most))
+    room = -(-listed // slots) * slots
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, room - listed)))
     at_once = max(1, budget // (slots * block**2))
     plan = _Plan(block, length, scale, slots, chunk_length(indices.shape[1], at_once))
     short = indices.shape[1] % plan.chunk
@@ -86,13 +92,13 @@ def _walk(plan: _Plan, k: Array, v: Array, q: Array, indices: Array, counts: Arr
         here, keep = _gather(plan, number, indices, counts)
         x = _scores(plan, q, k[here], keep)
         new = jnp.maximum(top, x.max(-1))
-        p = jnp.where(keep[:, None], jnp.exp(x - new[..., None]), 0)
+        p = jnp.exp(x - new[..., None])
         fade = jnp.exp(top - new)
         more = _dot("pqk,pke->pqe", p.astype(v.dtype), _keys(v[here]), wide)
         return new, total * fade + p.sum(-1), sums * fade[..., None] + more
 
     start = (
-        jnp.full(rows, MASKED, wide), jnp.zeros(rows, wide), jnp.zeros((*rows, v.shape[-1]), wide),
+        jnp.full(rows, NOTHING, wide), jnp.zeros(rows, wide), jnp.zeros((*rows, v.shape[-1]), wide),
     )  # fmt: skip
     top, total, sums = jax.lax.fori_loop(0, _steps(plan, counts), step, start)
     some = total > 0
@@ -140,7 +146,6 @@ def _walk_back(plan, k, v, of_keys, chunk):
         here, keep = _gather(plan, number, indices, counts)
         keys, values = k[here], v[here]
         p = jnp.exp(_scores(plan, q, keys, keep) - lse[..., None])
-        p = jnp.where(keep[:, None], p, 0)
         dp = _dot("pqe,pke->pqk", dout.astype(v.dtype), _keys(values), wide)
         dx = (plan.scale * p * (dp + shift[..., None])).astype(q.dtype)
         dq = dq + _dot("pqk,pkd->pqd", dx, _keys(keys), wide)
