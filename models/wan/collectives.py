@@ -27,12 +27,14 @@ class Announced:
       axes: mesh axes along which the devices may talk, any of them.
       why: what they are for.
       most: elements of the largest result; `None`: any number.
+      whole: whether the devices must talk along all of these axes together.
     """
 
     kinds: tuple[str, ...]
     axes: tuple[str, ...]
     why: str
     most: int | None = None
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,9 @@ def announced(
     found = (
         Announced(("all-to-all",), seq, "self-attention: heads for tokens, and back"),
         Announced(("all-gather",), params, "parameters, a layer at a time"),
+        Announced(
+            ("collective-permute",), params, "the same in a ring, a part at a time (7x)", whole=True
+        ),
         Announced(("all-gather",), seq, "tokens of the output, put back into a video"),
         Announced(
             ("all-reduce",), sums, "products that sum over heads or mlp; mean squares over heads"
@@ -104,7 +109,9 @@ def unannounced(
 
     def fits(found: Collective, rule: Announced) -> bool:
         within = rule.most is None or found.elements <= rule.most
-        return found.kind in rule.kinds and set(found.axes) <= set(rule.axes) and within
+        axes, known = set(found.axes), set(rule.axes)
+        along = axes == known if rule.whole else axes <= known
+        return found.kind in rule.kinds and along and within
 
     return [
         found

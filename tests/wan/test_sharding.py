@@ -192,3 +192,15 @@ def test_what_is_not_announced_is_found():
     norm = operation("all-reduce", "replica_groups={}", "f32[]")
     assert unannounced(norm, sharding)
     assert not unannounced(norm, sharding, training=True)
+
+
+def test_rings_pass_parameters_and_nothing_else():
+    sharding = Sharding(abstract(fsdp=2, context=4))
+
+    def ring(pairs):
+        listed = ",".join(f"{{{a},{b}}}" for a, b in pairs)
+        return operation("collective-permute", f"source_target_pairs={{{listed}}}")
+
+    # along both axes that split parameters; along one of them activations are split as well
+    assert not unannounced(ring([(n, (n + 1) % 8) for n in range(8)]), sharding)
+    assert unannounced(ring([(n, n // 4 * 4 + (n + 1) % 4) for n in range(8)]), sharding)
