@@ -84,6 +84,16 @@ class Gate(nnx.Module):
         return jax.nn.sigmoid(logit + as_dtype(mean, self.bias))
 
 
+def with_linear_layers(config: TransformerConfig, layers: Iterable[int]) -> TransformerConfig:
+    """The transformer with branches in these layers, beside those that have one.
+
+    Raises:
+      ValueError: there is no such layer.
+    """
+    both = tuple(sorted({*config.linear_layers, *layers}))
+    return dataclasses.replace(config, linear_layers=both)
+
+
 def add_linear_branches(
     config: TransformerConfig,
     params: Params,
@@ -106,12 +116,11 @@ def add_linear_branches(
       params = split_params(load_part(found, "transformer"))[1]
       config, params = add_linear_branches(found.config.transformer, params)
     """
-    wanted = {*(range(config.layers) if layers is None else layers)}
-    new = sorted(wanted.difference(config.linear_layers))
+    known = config.linear_layers
+    config = with_linear_layers(config, range(config.layers) if layers is None else layers)
+    new = sorted({*config.linear_layers}.difference(known))
     if not new:
         return config, params
-    both = tuple(sorted(wanted.union(config.linear_layers)))
-    config = dataclasses.replace(config, linear_layers=both)
     entries = [entry for entry in transformer_entries(config) if entry.name.startswith(BRANCH)]
     places = {} if placement is None else placement.param_shardings(entries)
     dtype, branches = params["blocks.attn.out.kernel"].dtype, {}

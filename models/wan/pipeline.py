@@ -28,14 +28,16 @@ from .conditions import (
 )
 from .config import WanConfig
 from .guidance import guided
+from .linear_branch import add_linear_branches, with_linear_layers
 from .memory import EMPTY, Memory, begin, calls_of, let_go
 from .request import Request
 from .sharding import Sharding
 from .tokenizer import WanTokenizer
+from .transformer import WanTransformer
 from .weights.detect import Found, detect
 from .weights.load import load_part
-from .weights.lora import check_lora, merge_lora
-from .weights.parts import part_entries
+from .weights.lora import check_lora, linear_layers_of, merge_lora
+from .weights.parts import abstract_part, part_entries
 
 #: Gives a part by name: "transformer", "transformer_2", "vae", "text_encoder", "image_encoder".
 Loader = Callable[[str], nnx.Module]
@@ -129,7 +131,8 @@ class WanPipeline:
           dtype: "bfloat16" or "float32", of the weights and matmuls of transformers and encoders;
             the autoencoder is float32 in any case, where bfloat16 would be seen.
           placement: where arrays lie on a mesh; `None`: one device.
-          lora: files that are merged onto the transformers as these are read.
+          lora: files that are merged onto the transformers as these are read; where one has linear
+            branches, both experts get them, of zeros in the other.
 
         Raises:
           ValueError: the folder lacks something that making a video takes, or a LoRA is of another
@@ -143,18 +146,26 @@ class WanPipeline:
 
         for one in lora:
             found.require(one.part)
-            check_lora(one.path, part_entries(found.config, one.part))
+        branches = {layer for one in lora for layer in linear_layers_of(one.path)}
+        transformer = with_linear_layers(found.config.transformer, branches)
+        config = dataclasses.replace(found.config, transformer=transformer)
+        for one in lora:
+            check_lora(one.path, part_entries(config, one.part))
 
         def load(part: str) -> nnx.Module:
             kept = jnp.float32 if part == "vae" else jnp.dtype(dtype)
-            module = load_part(found, part, kept, placement)
+            module: Any = load_part(found, part, kept, placement)
+            if branches and isinstance(module, WanTransformer):
+                params = split_params(module)[1]
+                params = add_linear_branches(module.config, params, branches, placement)[1]
+                module = split_params(abstract_part(config, part))[0](params)
             for one in (one for one in lora if one.part == part):
                 rebuild, params = split_params(module)
-                entries = part_entries(found.config, part)
+                entries = part_entries(config, part)
                 module = rebuild(merge_lora(params, one.path, entries, one.strength))
             return module
 
-        return cls(found.config, load, tokenizer, placement)
+        return cls(config, load, tokenizer, placement)
 
     def part(self, name: str) -> Any:
         """A part; the one that was held before is let go first."""

@@ -26,7 +26,7 @@ _FIRST_FRAME_SHARE = 0.2
 _NOT_HERE = ("label_dropout", "scan_layers", "remat", "workers")
 _ONLY_HERE = (
     "data", "size", "fps", "cache", "full", "rank", "alpha", "projections", "expert",
-    "first_frame_share", "recompute", "mesh",
+    "first_frame_share", "recompute", "mesh", "no_linear_branch",
 )  # fmt: skip
 # Of these, what tuning the small model to SALAD takes too.
 _ADAPTERS = ("full", "rank")
@@ -74,6 +74,10 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute", choices=("none", "dots", "full"),
         help="in the backward pass: nothing, all but matmuls, or all; default full",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-linear-branch", action="store_true", default=None,
+        help="of salad: no linear branches, which all layers get otherwise",
     )  # fmt: skip
     group.add_argument("--mesh", type=options.mesh_axes, metavar="AXIS=N,...", help="of devices")
     group.add_argument(
@@ -133,13 +137,16 @@ def _tuning(args: argparse.Namespace, experts: bool, first_frame: bool) -> Tunin
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.full and given:
         raise ValueError(f"expected no {', '.join(f'--{n}' for n in given)} with --full")
-    share = args.first_frame_share
+    share, salad = args.first_frame_share, args.attention == "salad"
+    if args.no_linear_branch and not salad:
+        raise ValueError(f"expected no --no-linear-branch with --attention {args.attention}")
     return Tuning(
         attention=options.attention_of(args),
         lora=None if args.full else LoRA(**given),
         part=_EXPERTS[args.expert or "high"],
         dtype=args.dtype or "bfloat16",
         remat=args.recompute or "full",
+        linear_branch=salad and not args.no_linear_branch,
         first_frame_share=(_FIRST_FRAME_SHARE if first_frame else 0.0) if share is None else share,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -19,9 +20,11 @@ from ...loop import claim, run_steps
 from ...params import Params, split_params
 from ...pipeline import batches
 from ...step import TrainConfig, TrainState, init_state, make_update
+from ..config import WanConfig
+from ..linear_branch import BRANCH, add_linear_branches
 from ..sharding import Sharding
 from ..transformer import Methods, WanTransformer
-from ..weights.detect import STEMS, Found
+from ..weights.detect import NOTE, STEMS, Found
 from ..weights.load import load_part
 from ..weights.lora import save_lora
 from ..weights.parts import abstract_part, part_entries
@@ -47,6 +50,8 @@ class Tuning:
         float32.
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full".
       first_frame_share: share of samples that are given their first frame (TI2V-5B).
+      linear_branch: whether all layers get SALAD's linear branch, which is then tuned as a whole,
+        also beside adapters.
     """
 
     attention: Methods
@@ -55,6 +60,15 @@ class Tuning:
     dtype: str = "bfloat16"
     remat: str = "full"
     first_frame_share: float = 0.0
+    linear_branch: bool = False
+
+    def config_of(self, config: WanConfig) -> WanConfig:
+        """The model once it is tuned."""
+        if not self.linear_branch:
+            return config
+        layers = tuple(range(config.transformer.layers))
+        transformer = dataclasses.replace(config.transformer, linear_layers=layers)
+        return dataclasses.replace(config, transformer=transformer)
 
 
 def check_tuning(found: Found, tuning: Tuning) -> None:
@@ -73,7 +87,12 @@ def check_tuning(found: Found, tuning: Tuning) -> None:
             f"{config.name} makes a video between a first and a last image, "
             "which is not supported: expected a model of one image"
         )
-    model: Any = abstract_part(config, tuning.part)
+    if tuning.linear_branch and tuning.lora is None and len(expected) > 1:
+        raise ValueError(
+            f"{config.name}: expected adapters beside linear branches, because a whole model has "
+            "them in both experts or in none, and each is tuned alone; got all weights of one"
+        )
+    model: Any = abstract_part(tuning.config_of(config), tuning.part)
     model.methods(tuning.attention)
     if tuning.lora is not None:
         chosen_projections(model, tuning.lora.projections)
@@ -121,7 +140,7 @@ def tune(
     found, folder = cache.found, pathlib.Path(folder)
     check_tuning(found, tuning)
     if sharding is not None:
-        _check_mesh(found, tuning.part, config.batch_size, sharding)
+        _check_mesh(tuning.config_of(found.config), tuning.part, config.batch_size, sharding)
     if len(cache.clips) < config.batch_size:
         raise ValueError(
             f"expected at least batch_size = {config.batch_size} videos, got {len(cache.clips)}"
@@ -137,16 +156,21 @@ def tune(
             "part": tuning.part,
             "dtype": tuning.dtype,
             "first_frame_share": tuning.first_frame_share,
+            **({"linear_branch": True} if tuning.linear_branch else {}),
         },
         data={"clips": len(cache.clips), "sha256": cache.key},
     )
     source = cache.fill(progress=progress)
     data = batches(source, batch_size=config.batch_size, seed=config.seed)
     model, trained, frozen = prepare(found, tuning, config.seed, sharding)
+    # what the branches were, where they are not new; new ones were zero
+    known = bool(found.config.transformer.linear_layers)
+    before = {n: np.asarray(v) for n, v in trained.items() if known and n.startswith(BRANCH)}
     state = init_state(trained, config)
     del trained  # the state has a copy of its own
     step = make_update(loss_of(found, model, config, tuning, sharding), config)
-    entries = part_entries(found.config, tuning.part)
+    tuned = dataclasses.replace(found, config=tuning.config_of(found.config))
+    entries = part_entries(tuned.config, tuning.part)
     note = {
         "base_model": found.config.name,
         "attention": str(tuning.attention),
@@ -157,7 +181,12 @@ def tune(
         if tuning.lora is not None:
             deltas = deltas_of(state.averaged)
             partial = folder / f".{LORA_FILE}.partial.safetensors"
-            save_lora(partial, deltas, entries, tuning.lora.scale, metadata=note)
+            whole = {
+                name: value - before[name] if name in before else value
+                for name, value in state.averaged.items()
+                if name.startswith(BRANCH)
+            }
+            save_lora(partial, deltas, entries, tuning.lora.scale, metadata=note, whole=whole)
             os.replace(partial, folder / LORA_FILE)
         if on_checkpoint:
             on_checkpoint(state)
@@ -166,13 +195,13 @@ def tune(
     state = run_steps(folder, config, state, step, data, export, inputs=inputs, progress=progress)
     if tuning.lora is not None:
         return folder / LORA_FILE
-    save_model(folder / MODEL_FOLDER, found, tuning.part, state.averaged)
+    save_model(folder / MODEL_FOLDER, tuned, tuning.part, state.averaged)
     return folder / MODEL_FOLDER
 
 
-def _check_mesh(found: Found, part: str, batch: int, sharding: Sharding) -> None:
-    sharding.param_shardings(part_entries(found.config, part))
-    heads = found.config.transformer.heads
+def _check_mesh(model: WanConfig, part: str, batch: int, sharding: Sharding) -> None:
+    sharding.param_shardings(part_entries(model, part))
+    heads = model.transformer.heads
     for what, size, ways in (
         ("heads", heads, sharding.ways("heads") * sharding.ways("seq")),
         ("videos a batch", batch, sharding.ways("batch")),
@@ -189,6 +218,10 @@ def prepare(
     found = dataclasses.replace(found, config=dataclasses.replace(found.config, transformer=sizes))
     dtype = jnp.dtype(tuning.dtype) if tuning.lora is not None else jnp.float32
     params = split_params(load_part(found, tuning.part, dtype, sharding))[1]
+    if tuning.linear_branch:
+        sizes, params = add_linear_branches(sizes, params, placement=sharding)
+        config = dataclasses.replace(found.config, transformer=sizes)
+        found = dataclasses.replace(found, config=config)
     lora = tuning.lora
     if lora is None:
         model: Any = abstract_part(found.config, tuning.part)
@@ -207,6 +240,10 @@ def prepare(
         # thin matrices: every device holds all of them
         whole = NamedSharding(sharding.mesh, PartitionSpec())
         trained = jax.jit(adapters, out_shardings=whole)()
+    if tuning.linear_branch:
+        own = {name: value for name, value in params.items() if name.startswith(BRANCH)}
+        params = {name: value for name, value in params.items() if name not in own}
+        trained |= {name: value.astype(jnp.float32) for name, value in own.items()}
     return nnx.eval_shape(create), trained, params
 
 
@@ -242,6 +279,8 @@ def loss_of(
 def save_model(folder: pathlib.Path, found: Found, part: str, params: Params) -> None:
     """Writes a folder of weights with one part replaced, in the layout of the one it came from.
 
+    `found.config` is that of the new model: it may have linear branches that the old one had not.
+
     All other files are linked to the originals where the file system can, and copied elsewhere.
     Tensors have the dtypes that they were stored with ("orbax": float32). The folder appears when
     it is complete.
@@ -263,7 +302,12 @@ def save_model(folder: pathlib.Path, found: Found, part: str, params: Params) ->
         below = path.relative_to(found.folder)
         real = path.resolve()
         hidden = any(name.startswith(".") for name in below.parts)
-        if hidden or not real.is_file() or not replaced.isdisjoint((real, *real.parents)):
+        if (
+            hidden
+            or str(below) == NOTE
+            or not real.is_file()
+            or not replaced.isdisjoint((real, *real.parents))
+        ):
             continue
         target = partial / below
         target.parent.mkdir(parents=True, exist_ok=True)

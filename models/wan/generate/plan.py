@@ -140,6 +140,7 @@ def denoising_flops(config: WanConfig, request: Request, attention: Attention) -
     of_heads = {"heads": sizes.heads, "head_dim": sizes.head_dim}
     dense = sizes.layers * vm.flops.attention(vm.Dense(), grid, **of_heads)
     rest = vm.flops.transformer(shape, vm.Dense(), grid) - dense
+    rest += len(sizes.linear_layers) * vm.flops.linear_branch(grid, **of_heads)
     experts = request.experts(config)
     anew = [n + 1 for n in range(request.steps) if let_go(config, request, n)]
     own = flops_of_steps(attention, request.steps, sizes.layers, grid, **of_heads, anew=anew)

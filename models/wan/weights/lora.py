@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ _ENDINGS = {
 _PREFIXES = ("base_model.model.", "model.", "transformer.", "diffusion_model.")
 _WRITTEN = {"diffusers": "transformer.", "original": "diffusion_model."}
 _KOHYA = "lora_unet_"
+_BRANCH_KEY = re.compile(r"blocks[._](\d+)[._](?:attn1|self_attn)[._]linear_branch[._]")
 _METADATA = "lora_adapter_metadata"
 
 
@@ -81,6 +83,15 @@ def merge_lora(
         delta = entry.ours(np.float32(strength) * difference().reshape(entry.stored))
         merged[entry.name] = _adder(value.sharding, bool(entry.layers))(value, delta, layer)
     return merged
+
+
+def linear_layers_of(file: str | pathlib.Path) -> tuple[int, ...]:
+    """Layers whose linear branches a LoRA file changes; reads the file's header only.
+
+    A model needs these branches before the file can be merged onto it: `add_linear_branches`.
+    """
+    found = (_BRANCH_KEY.search(key) for key in Stored([pathlib.Path(file)]))
+    return tuple(sorted({int(match[1]) for match in found if match}))
 
 
 def check_lora(file: str | pathlib.Path, entries: Iterable[Entry]) -> None:
@@ -266,6 +277,7 @@ def save_lora(
     scale: float = 1.0,
     convention: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
+    whole: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
     """Writes a LoRA in PEFT's format, which Diffusers' `load_lora_weights` and others read.
 
@@ -278,6 +290,8 @@ def save_lora(
       scale: usually alpha / rank; it is multiplied into B, so that readers need no alpha.
       convention: "diffusers" (`transformer.`) or "original" (`diffusion_model.`) names.
       metadata: strings to keep in the file.
+      whole: by parameter name, differences that are no product of thin matrices, in our layout;
+        they are written as `.diff` and `.diff_b`, which `merge_lora` reads.
 
     Raises:
       ValueError: names are unknown or no matrices, or shapes do not fit: all are named; or the
@@ -301,6 +315,10 @@ def save_lora(
         want = (*stack, inputs, rank), (*stack, rank, outputs)
         if (tuple(a.shape), tuple(b.shape)) != want:
             problems.append(f"{name}: expected {want[0]} and {want[1]}, got {a.shape}, {b.shape}")
+    for name, value in whole.items():
+        shape = known[name].full_shape if name in known else None
+        if shape != tuple(value.shape):
+            problems.append(f"{name}: expected a parameter of {shape}, got {tuple(value.shape)}")
     if problems or not deltas:
         raise ValueError(f"{path}: " + ("\n  ".join(problems) or "expected a LoRA, got no tensors"))
     prefix = _WRITTEN[convention]
@@ -313,7 +331,19 @@ def save_lora(
             sources[f"{base}.lora_A.weight"] = a, row, 1.0
             sources[f"{base}.lora_B.weight"] = b, row, scale
 
+    differences: dict[str, tuple[Entry, Any, int | None]] = {}
+    for name, value in whole.items():
+        entry = known[name]
+        for layer, key in enumerate(entry.keys(convention)):
+            module, _, kind = key.rpartition(".")
+            ending = {"weight": "diff", "bias": "diff_b"}[kind]
+            row = layer if entry.layers else None
+            differences[f"{prefix}{module}.{ending}"] = entry, value, row
+
     def read(key: str) -> np.ndarray:
+        if key in differences:
+            entry, value, row = differences[key]
+            return entry.theirs(np.asarray(value if row is None else value[row]), convention)
         value, row, factor = sources[key]
         value = np.asarray(value if row is None else value[row])
         return (value.T.astype(np.float32) * np.float32(factor)).astype(value.dtype)
@@ -322,4 +352,6 @@ def save_lora(
         key: (tuple(value.shape[:-3:-1]), np.dtype(value.dtype))
         for key, (value, _, _) in sources.items()
     }
+    for key, (entry, value, _) in differences.items():
+        tensors[key] = entry.shape_in(convention), np.dtype(value.dtype)
     write_safetensors(pathlib.Path(path), tensors, read, metadata)
