@@ -46,11 +46,13 @@ def entries(steps: int) -> tuple[Entry, ...]:
 
     AdaSpa has its paper's schedule, in shares of the steps: dense for a fifth of them, then a
     search, and another one after three fifths. What is corrected, on every sixth step, is VMonarch
-    of one iteration: its error is the larger one, and as steady.
+    of one iteration: its error is the larger one, and as steady. Guided VMonarch is exact on one
+    frame for each frame instead of in the first one, and remembers nothing.
     """
     first, second = steps // 5, 3 * steps // 5
     adaspa = vm.AdaSpa(block_size=16, warmup_steps=first, search_steps=(first, second))
     corrected = vm.Corrected(vm.VMonarch(steps=1, recompute_frames=0), every=6)
+    guided = vm.Guided(vm.VMonarch(recompute_frames=0), exact_blocks=1)
     return (
         Entry("dense", ("Dense", "exact"), "dense", vm.Dense(), "#333333"),
         Entry("vmonarch", ("VMonarch", "training-free"), "dense", vm.VMonarch(), "#0072B2"),
@@ -58,6 +60,7 @@ def entries(steps: int) -> tuple[Entry, ...]:
         Entry("tiled", ("Tiled Monarch", "training-free"), "dense", vm.TiledMonarch(), "#009E73"),
         Entry("adaspa", ("AdaSpa", "training-free"), "dense", adaspa, "#CC79A7"),
         Entry("salad", ("SALAD", "tuned"), "salad", SALAD, "#E69F00"),
+        Entry("guided", ("Guided", "VMonarch"), "dense", guided, "#8B5A2B"),
         Entry("corrected", ("Corrected", "VMonarch"), "dense", corrected, "#56B4E9"),
     )
 
