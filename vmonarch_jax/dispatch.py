@@ -116,8 +116,9 @@ BACKENDS: dict[str, Callable[[], Backend] | None] = {
     "cudnn": _cudnn,
 }
 
-# Tried in turn when the caller names none. "reference" is quadratic in memory: by name only.
-BEST = ("pallas_tpu", "pallas_gpu", "cudnn", "xla")
+# Tried in turn when the caller names none. By name only: "reference", which is quadratic in memory,
+# and the GPU routes, until they have been run on a GPU: what compiles may still be wrong.
+BEST = ("pallas_tpu", "xla")
 
 
 def names(implementation: Implementation) -> tuple[str, ...]:
