@@ -1,7 +1,6 @@
 """AdaSpa: block-sparse attention whose blocks are searched for on a few denoising steps."""
 
 import dataclasses
-import operator
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from .adaspa_call import AdaSpaState, Call
 from .adaspa_search import Budget, Cut
 from .dispatch import Implementation
 from .grid import Shape3, VideoGrid, positive_int
-from .memory import Step, by_phase
+from .memory import Step, by_phase, check_state
 from .parts import Part
 
 # What a denoising step does.
@@ -93,11 +92,11 @@ class AdaSpa:
             raise ValueError(f"`recall` must lie in [0, 1], got {self.recall}")
         positive_int("block_size", self.block_size)
         for name in ("warmup_steps", "text_tokens"):
-            _natural(name, getattr(self, name))
+            checks.whole(name, getattr(self, name))
         if not isinstance(self.search_steps, (tuple, list)):
             raise ValueError(f"`search_steps` must be a tuple of steps, got {self.search_steps!r}")
         # A tuple, since `jit` needs the value's hash.
-        searches = tuple(_natural("search_steps", step) for step in self.search_steps)
+        searches = tuple(checks.whole("search_steps", step) for step in self.search_steps)
         object.__setattr__(self, "search_steps", searches)
         for name in ("head_adaptive", "lse_cache"):
             if not isinstance(getattr(self, name), bool):
@@ -149,7 +148,7 @@ class AdaSpa:
             return part if return_lse else part.out
         batch, _, heads, dim = query.shape
         sizes = {"batch": batch, "heads": heads, "head_dim": dim, "dtype": query.dtype}
-        _check_state(state, jax.eval_shape(lambda: self.init_state(grid, **sizes)))
+        check_state(state, jax.eval_shape(lambda: self.init_state(grid, **sizes)))
         part, state = self._run(call, state, self._phase(step))
         return (part if return_lse else part.out), state
 
@@ -248,7 +247,7 @@ class AdaSpa:
         """What a step does: a Python int for one, traced for a traced one."""
         static = not isinstance(step, jax.Array)
         if static:
-            step = _natural("step", step)
+            step = checks.whole("step", step)
         elif step.ndim or not jnp.issubdtype(step.dtype, jnp.integer):
             raise ValueError(f"`step` must be an integer scalar, got {step.dtype} {step.shape}")
         xp = np if static else jnp
@@ -274,23 +273,3 @@ class AdaSpa:
             return by_phase(ready.astype(jnp.int32), (first, kinds[phase]), state)
         phase = jnp.where(ready | (phase == WARM_UP), phase, FIRST_SEARCH)
         return by_phase(phase, kinds, state)
-
-
-def _natural(name: str, value: Any) -> int:
-    """A Python int of at least 0."""
-    try:
-        if not isinstance(value, bool) and operator.index(value) >= 0:
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}")
-
-
-def _check_state(state: Any, expected: AdaSpaState) -> None:
-    """Whether a state is one of this method on arrays of these sizes."""
-    if not isinstance(state, AdaSpaState):
-        raise ValueError(f"`state` must be a vm.AdaSpaState, got {type(state).__name__}")
-    for name, want, got in zip(AdaSpaState._fields, expected, state, strict=True):
-        want, got = (None if x is None else (x.shape, str(x.dtype)) for x in (want, got))
-        if want != got:
-            raise ValueError(f"`state.{name}` must be {want} for this method and call, got {got}")

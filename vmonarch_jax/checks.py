@@ -1,6 +1,7 @@
 """The caller's mistakes, found before any work: `ValueError` with the expected and the got."""
 
 import math
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -85,6 +86,20 @@ def finite(name: str, value: Any, least: float | None = None) -> float:
     if not math.isfinite(number) or (least is not None and number < least):
         raise ValueError(f"`{name}` must be {expected}, got {value!r}")
     return number
+
+
+def whole(name: str, value: Any) -> int:
+    """A Python int of at least 0.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= 0:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}")
 
 
 def steps_of(steps: Any) -> int:

@@ -224,4 +224,4 @@ class Corrected:
         batch, _, heads, head_dim = query.shape
         sizes = {"batch": batch, "heads": heads, "head_dim": head_dim}
         sizes |= {"value_dim": value.shape[3], "dtype": query.dtype}
-        refresh.check_state(state, jax.eval_shape(lambda: self.init_state(grid, **sizes)))
+        memory.check_state(state, jax.eval_shape(lambda: self.init_state(grid, **sizes)))

@@ -13,7 +13,7 @@ from .dispatch import Implementation
 from .grid import Shape3, Tiling, VideoGrid, positive_int
 from .guided_attention import attend_chosen, dense_blocks
 from .guided_gap import dense_gap, sampled_positions
-from .memory import Step, by_phase
+from .memory import Step, by_phase, check_state
 from .methods import Dense, VMonarch
 from .parts import Part
 
@@ -134,7 +134,7 @@ class Guided:
             raise ValueError("expected `step`, the number of the denoising step, beside `state`")
         batch, _, heads, head_dim = query.shape
         sizes = {"batch": batch, "heads": heads, "head_dim": head_dim}
-        refresh.check_state(state, jax.eval_shape(lambda: self._state(cut, **sizes)))
+        check_state(state, jax.eval_shape(lambda: self._state(cut, **sizes)))
 
         def refreshed(state: GuidedState) -> tuple[Part, GuidedState]:
             part, gap = dense_gap(self.method, query, key, value, cut, **how)

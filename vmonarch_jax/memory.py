@@ -151,3 +151,23 @@ def by_phase(phase: Step, branches: Sequence[Callable[..., T]], *operands: Any) 
     if isinstance(phase, int):
         return branches[phase](*operands)
     return jax.lax.switch(phase, list(branches), *operands)
+
+
+def check_state(state: Any, expected: Any) -> None:
+    """Whether a state is one of this method on arrays of these sizes.
+
+    Args:
+        state: what the caller handed in.
+        expected: a `NamedTuple` of the shapes and dtypes that it must have.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    kind = type(expected)
+    if not isinstance(state, kind):
+        raise ValueError(f"`state` must be a vm.{kind.__name__}, got {type(state).__name__}")
+    for name in kind._fields:
+        sides = (jax.tree.leaves(getattr(side, name)) for side in (expected, state))
+        want, got = ([(x.shape, str(x.dtype)) for x in leaves] for leaves in sides)
+        if want != got:
+            raise ValueError(f"`state.{name}` must be {want} for this method and call, got {got}")

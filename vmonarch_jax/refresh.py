@@ -1,6 +1,5 @@
 """On which denoising steps a remembering method looks at the dense attention again."""
 
-import operator
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from . import checks
 from .grid import positive_int
 from .memory import Step
 
@@ -32,7 +32,7 @@ def check(refresh_steps: Any, every: Any) -> tuple[tuple[int, ...] | None, int |
         )
     if not isinstance(refresh_steps, (tuple, list)):
         raise ValueError(f"`refresh_steps` must be a tuple of steps, got {refresh_steps!r}")
-    return tuple(sorted({whole("refresh_steps", step) for step in refresh_steps})), None
+    return tuple(sorted({checks.whole("refresh_steps", step) for step in refresh_steps})), None
 
 
 def is_refresh(step: int, refresh_steps: tuple[int, ...] | None, every: int | None) -> bool:
@@ -54,7 +54,7 @@ def phase_of(
     """
     # Entries of a batch have gone the same way: one that is empty means that all are.
     if not isinstance(step, jax.Array):
-        if is_refresh(whole("step", step), refresh_steps, every):
+        if is_refresh(checks.whole("step", step), refresh_steps, every):
             return REFRESH
         # In NumPy: inside of `jit` JAX would make a traced value even of a known one.
         traced = isinstance(filled, jax.core.Tracer)
@@ -68,37 +68,3 @@ def phase_of(
     else:
         scheduled = step % every == 0
     return jnp.where(scheduled | ~filled.all(), REFRESH, ORDINARY)
-
-
-def whole(name: str, value: Any) -> int:
-    """A Python int of at least 0.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        if not isinstance(value, bool) and operator.index(value) >= 0:
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"`{name}` must be an integer of at least 0, got {value!r}")
-
-
-def check_state(state: Any, expected: Any) -> None:
-    """Whether a state is one of this method on arrays of these sizes.
-
-    Args:
-        state: what the caller handed in.
-        expected: a `NamedTuple` of the shapes and dtypes that it must have.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    kind = type(expected)
-    if not isinstance(state, kind):
-        raise ValueError(f"`state` must be a vm.{kind.__name__}, got {type(state).__name__}")
-    for name in kind._fields:
-        sides = (jax.tree.leaves(getattr(side, name)) for side in (expected, state))
-        want, got = ([(x.shape, str(x.dtype)) for x in leaves] for leaves in sides)
-        if want != got:
-            raise ValueError(f"`state.{name}` must be {want} for this method and call, got {got}")
