@@ -146,8 +146,7 @@ def along(
             (out, lse), state = vm.attend(
                 method, *qkv, grid=grid, state=state, step=step, return_lse=True
             )
-            off = jnp.linalg.norm(out - exact.out, axis=(1, 3))
-            error = (off / jnp.linalg.norm(exact.out, axis=(1, 3))).mean()
+            error = measures.relative_errors(out, exact.out).mean()
             return jnp.stack([error, jnp.maximum(exact.lse - lse, 0).mean()]), state
 
         return call

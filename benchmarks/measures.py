@@ -17,9 +17,14 @@ def attention_errors(q, k, v, dense, *, method: Any, grid: Any) -> tuple[Any, An
     """
     out, lse = method(q, k, v, grid=grid, return_lse=True)
     exact, exact_lse = dense
-    length = functools.partial(jnp.linalg.norm, axis=(1, 3))
     kl = jnp.maximum(exact_lse - lse, 0).mean(axis=1)
-    return length(out - exact) / length(exact), kl
+    return relative_errors(out, exact), kl
+
+
+def relative_errors(out: Any, exact: Any) -> Any:
+    """`|out - exact| / |exact|` of each head, `[batch, heads]`, for `[batch, seq, heads, dim]`."""
+    length = functools.partial(jnp.linalg.norm, axis=(1, 3))
+    return length(out - exact) / length(exact)
 
 
 def by_layer(x: Any, levels: int, videos: int) -> Any:

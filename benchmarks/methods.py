@@ -31,6 +31,7 @@ import vmonarch_jax as vm
 
 from . import inputs, measures, methods_report, timing
 from .methods_list import ENTRIES, Entry
+from .variants import relative_flops
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -67,8 +68,7 @@ class Probe:
             **({"return_lse": True} if certified(self.method) else {}),
         )  # fmt: skip
         out, lse = found if certified(self.method) else (found, exact_lse)
-        length = functools.partial(jnp.linalg.norm, axis=(1, 3))
-        error = (length(out - exact) / length(exact)).mean()
+        error = measures.relative_errors(out, exact).mean()
         jax.debug.callback(self.sink, step, error, jnp.maximum(exact_lse - lse, 0).mean())
         return exact, {"probed": state["probed"], "own": own}
 
@@ -194,9 +194,7 @@ class Study:
 
     def flops_timed(self, entry: Entry) -> float:
         """FLOPs of the timed step over those of dense attention at that size."""
-        grid = self.args.timed
-        count = vm.flops.attention(entry.method(grid, TIMED_BLOCK), grid)
-        return count / vm.flops.attention(vm.Dense(), grid)
+        return relative_flops(entry.method(self.args.timed, TIMED_BLOCK), self.args.timed)
 
 
 def certified(method: Any) -> bool:

@@ -257,8 +257,7 @@ def _dense(q: Any, k: Any, v: Any) -> Any:
 
 def _error(out: Any, exact: Any) -> Any:
     """Mean over heads of the relative error of the output, as in the fidelity study."""
-    length = functools.partial(jnp.linalg.norm, axis=(1, 3))
-    return (length(out - exact) / length(exact)).mean()
+    return measures.relative_errors(out, exact).mean()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

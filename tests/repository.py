@@ -1,7 +1,9 @@
 """The repository seen as files: the three code folders ("rooms") and all that is beside them."""
 
 import functools
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,6 +13,19 @@ ROOMS = {
     "vmonarch_jax": "vmonarch_jax",
     "vmonarch_jax.pallas_kernels": "pallas_kernels",
 }
+
+
+def run_benchmark(module: str, *flags) -> subprocess.CompletedProcess:
+    """`python -m benchmarks.MODULE FLAGS` on a CPU, without anything to read from."""
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 @functools.cache

@@ -3,28 +3,19 @@
 import csv
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 
 import pytest
-from repository import ROOT
+from repository import ROOT, run_benchmark
 
 from benchmarks.methods_list import ENTRIES
 from benchmarks.methods_report import in_readme
 
 
 def run(module, *flags):
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", "--quick", *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = run_benchmark(module, "--quick", *flags)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

@@ -1,38 +1,23 @@
 """`python -m benchmarks.gpu`: what it says without a GPU, and that its parts work."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
-from repository import ROOT
+from repository import run_benchmark
 
 import vmonarch_jax as vm
 from benchmarks import gpu
 
 
-def run(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-
-
 def test_without_a_gpu_it_says_so():
-    done = run()
+    done = run_benchmark("gpu")
     assert done.returncode == 2, done.stderr
     assert done.stdout == "No GPU here (JAX sees 'cpu'): nothing to check or to time.\n"
 
 
 def test_small(tmp_path):
-    done = run("--small", "--only", "dense", "--out", tmp_path)
+    done = run_benchmark("gpu", "--small", "--only", "dense", "--out", tmp_path)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     (path,) = tmp_path.iterdir()
     for check in json.loads(path.read_text())["checks"]:

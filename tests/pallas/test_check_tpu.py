@@ -1,33 +1,18 @@
 """`python -m benchmarks.check_tpu`: what it says without a TPU, and that its checks work."""
 
 import json
-import os
-import subprocess
-import sys
 
-from repository import ROOT
-
-
-def run(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.check_tpu", *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+from repository import run_benchmark
 
 
 def test_without_a_tpu_it_says_so():
-    done = run()
+    done = run_benchmark("check_tpu")
     assert done.returncode == 2, done.stderr
     assert done.stdout == "No TPU here (JAX sees 'cpu'): nothing to check.\n"
 
 
 def test_interpreted(tmp_path):
-    done = run("--interpret", "--only", "dense rows", "--out", tmp_path)
+    done = run_benchmark("check_tpu", "--interpret", "--only", "dense rows", "--out", tmp_path)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["checks"]) == 2  # a dtype each
