@@ -177,7 +177,9 @@ def test_arrays_and_states_that_do_not_fit():
         call(None, method=SMALL)
     with pytest.raises(ValueError, match=r"`state` must be a vm\.AdaSpaState, got tuple"):
         call((1, 2))
-    with pytest.raises(ValueError, match=r"`state.lse` must be \(\(2, 5, 35\).* got \(\(1, 5, 35"):
+    with pytest.raises(
+        ValueError, match=r"`state.lse` must be float32 \(2, 5, 35\).* got .*\(1, 5, 35\)"
+    ):
         call(fresh(method, batch=1))
     with pytest.raises(ValueError, match=r"`state\.indices` must be"):
         call(fresh(dataclasses.replace(method, sparsity=0.8)))

@@ -167,7 +167,11 @@ def check_state(state: Any, expected: Any) -> None:
     if not isinstance(state, kind):
         raise ValueError(f"`state` must be a vm.{kind.__name__}, got {type(state).__name__}")
     for name in kind._fields:
-        sides = (jax.tree.leaves(getattr(side, name)) for side in (expected, state))
-        want, got = ([(x.shape, str(x.dtype)) for x in leaves] for leaves in sides)
+        want, got = (arrays_in_words(getattr(side, name)) for side in (expected, state))
         if want != got:
             raise ValueError(f"`state.{name}` must be {want} for this method and call, got {got}")
+
+
+def arrays_in_words(tree: Any) -> str:
+    """`"float32 (2, 5, 35), bool (2,)"` for the arrays of a pytree; `"None"` without any."""
+    return ", ".join(f"{x.dtype} {x.shape}" for x in jax.tree.leaves(tree)) or "None"
