@@ -153,19 +153,28 @@ def dot_transposed(
 
     `then` runs when the product has been started and before it is waited for.
     """
+    return dots_transposed([(a, b)], then)[0]
+
+
+def dots_transposed(
+    pairs: Sequence[tuple[Tiles, Tiles]], then: Callable[[], None] = lambda: None
+) -> list[Float[Array, "n m"]]:
+    """`a @ b.T` of each pair, all started before the first is waited for; `then` as above."""
     if mode.interpreting() is not None:
-        products = [_plain(a.tiled[i], b.tiled[i], 1) for i in range(a.panels)]
+        products = [[_plain(a.tiled[i], b.tiled[i], 1) for i in range(a.panels)] for a, b in pairs]
         then()
-        return sum(products[1:], start=products[0])
+        return [sum(parts[1:], start=parts[0]) for parts in products]
 
-    def compute(accumulator: Any) -> Array:
-        for i in range(a.panels):
-            plgpu.wgmma(accumulator, a.tiled.at[i], plgpu.transpose_ref(b.tiled.at[i], (1, 0)))
+    def compute(*accumulators: Any) -> list[Array]:
+        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
+            for i in range(a.panels):
+                plgpu.wgmma(accumulator, a.tiled.at[i], plgpu.transpose_ref(b.tiled.at[i], (1, 0)))
         then()
-        return accumulator[...]
+        return [accumulator[...] for accumulator in accumulators]
 
+    shapes = [(a.plain.shape[1], b.plain.shape[1]) for a, b in pairs]
     return pl.run_scoped(
-        compute, plgpu.WGMMAAccumulatorRef((a.plain.shape[1], b.plain.shape[1]), jnp.float32)
+        compute, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes)
     )
 
 
@@ -195,16 +204,31 @@ def add_dot(
 
     An empty `start` is zero.
     """
-    panels = [b.tiled.at[i] for b in matrices for i in range(b.panels)]
-    start = start or [full((a.shape[0], b.shape[1]), 0.0) for b in panels]
+    return add_dots(start, [(a, matrices)], then)
+
+
+def add_dots(
+    start: Sequence[Float[Array, "n _"]],
+    products: Sequence[tuple[Float[Array, "n k"], Sequence[Tiles]]],
+    then: Callable[[], None] = lambda: None,
+) -> list[Float[Array, "n _"]]:
+    """`start` and the sum of several products, as `add_dot` makes one."""
+    panels = [
+        (a, [b.tiled.at[i] for b in matrices for i in range(b.panels)]) for a, matrices in products
+    ]
+    a, first = panels[0]
+    start = start or [full((a.shape[0], b.shape[1]), 0.0) for b in first]
     if mode.interpreting() is not None:
-        sums = [x + _plain(a, b[...], 0) for x, b in zip(start, panels, strict=True)]
+        sums = list(start)
+        for a, right in panels:
+            sums = [x + _plain(a, b[...], 0) for x, b in zip(sums, right, strict=True)]
         then()
         return sums
 
     def compute(accumulators: Any) -> None:
-        for accumulator, b in zip(accumulators, panels, strict=True):
-            plgpu.wgmma(accumulator, a, b)
+        for a, right in panels:
+            for accumulator, b in zip(accumulators, right, strict=True):
+                plgpu.wgmma(accumulator, a, b)
         then()
 
     sums: Any = pl.run_state(compute)([plgpu.WGMMAAccumulatorRef.init(x) for x in start])
