@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..block_sizes import BlockSizes
 from ..gpu import cudnn
+from ..gpu.order import by_entry, from_entries
 
 Part = tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]
 
@@ -28,11 +29,15 @@ def attend(
     mask: Bool[Array, "g s"] | None = None,
     gains: tuple[float, ...] | None = None,
     known: Part | None = None,
+    entries: int = 1,
     block_sizes: BlockSizes,
 ) -> Part:
     """`(outs, lse)`, outs in the dtype of the values, lse in float32.
 
         lse[g,n] = logsumexp_s (scale q . k) ;  out = gain * sum_s exp(x - lse) values
+
+    `entries` says of how many entries of a batch the groups are the heads; it changes only where
+    arrays lie.
 
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
     then, but the gradient is still that of the attention.
@@ -45,50 +50,58 @@ def attend(
     if bias is not None or mask is not None:
         raise NotImplementedError("takes no bias or mask of single keys")
     values = tuple(values)
-    cudnn.check(q[:, None], k[:, None], values)
+    groups = by_entry(q, entries)
+    cudnn.check(groups, k, values)
     gains = tuple(map(float, gains or (1.0,) * len(values)))
     parts = cudnn.split_keys(q.shape[0], q.shape[1], k.shape[1])
     known = jax.lax.stop_gradient(known)
-    return _attend(float(scale), gains, parts, q, k, values, known)
+    return _attend(float(scale), gains, (parts, entries), q, k, values, known)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(scale, gains, parts, q, k, values, known):
+def _attend(scale, gains, counts, q, k, values, known):
     if known is not None:
         return known
+    parts, entries = counts
+    q, k, values = jax.tree.map(lambda x: by_entry(x, entries), (q, k, values))
     # Without values the log-sum-exp alone is wanted; cuDNN has no call for that.
     found = [_one(q, k, v, scale, parts) for v in values or (k,)]
     outs = tuple(scaled(out, gain) for (out, _), gain in zip(found, gains, strict=False))
-    return outs, found[0][1]
+    return jax.tree.map(from_entries, (outs, found[0][1]))
 
 
 def _one(q: Array, k: Array, v: Array, scale: float, parts: int) -> tuple[Array, Array]:
-    """One call; parts of the keys are more groups, merged afterwards."""
+    """One call; parts of the keys are more entries, merged afterwards."""
     if parts == 1:
-        out, lse = cudnn.forward(q[:, None], k[:, None], v[:, None], scale)
-        return out[:, 0], lse[:, 0]
-    q = jnp.broadcast_to(q[:, None], (q.shape[0], parts, *q.shape[1:]))
-    k, v = (x.reshape(x.shape[0], parts, -1, x.shape[-1]) for x in (k, v))
+        return cudnn.forward(q, k, v, scale)
+    entries, heads, rows, dim = q.shape
+    q = jnp.broadcast_to(q[:, None], (entries, parts, *q.shape[1:])).reshape(-1, *q.shape[1:])
+    # As `by_frame`: the keys of a part lie together in memory.
+    k, v = (
+        x.reshape(entries, heads, parts, -1, dim).swapaxes(1, 2).reshape(-1, heads, keys, dim)
+        for keys in (k.shape[2] // parts,)
+        for x in (k, v)
+    )
     out, lse = cudnn.forward(q, k, v, scale)
+    out, lse = (x.reshape(entries, parts, heads, rows, *x.shape[3:]) for x in (out, lse))
     top = lse.max(1, keepdims=True)
     weights = jnp.exp(lse - top)
     total = weights.sum(1)
-    merged = jnp.einsum("gpn,gpnd->gnd", weights, out.astype(lse.dtype)) / total[..., None]
+    merged = jnp.einsum("zphn,zphnd->zhnd", weights, out.astype(lse.dtype)) / total[..., None]
     return merged.astype(v.dtype), top[:, 0] + jnp.log(total)
 
 
-def _forward(scale, gains, parts, q, k, values, known):
-    part: Any = _attend(scale, gains, parts, q, k, values, known)
+def _forward(scale, gains, counts, q, k, values, known):
+    part: Any = _attend(scale, gains, counts, q, k, values, known)
     return part, (q, k, values, part)
 
 
-def _backward(scale, gains, parts, saved: Any, gradient: Any):
-    del parts  # the backward pass has a block of threads for every few keys already
+def _backward(scale, gains, counts, saved: Any, gradient: Any):
+    _, entries = counts  # here a block of threads has every few keys already: no parts
     q, k, values, (outs, lse) = saved
-    douts, dlse = gradient
-    arrays = jax.tree.map(lambda x: x[:, None], (q, k, values, outs, lse, douts, dlse))
+    arrays = jax.tree.map(lambda x: by_entry(x, entries), (q, k, values, outs, lse, *gradient))
     found = backward(*arrays, scale=scale, gains=gains)
-    return (*jax.tree.map(lambda x: x[:, 0], found), None)
+    return (*jax.tree.map(from_entries, found), None)
 
 
 _attend.defvjp(_forward, _backward)

@@ -2,8 +2,9 @@
 
 `jax.nn.dot_product_attention` reaches the same calls, but it rounds the log-sum-exp to the dtype
 of the output, and drops the gradient that flows into it. Here it stays float32, and the backward
-call is within reach. Arrays are `[x, y, rows, dim]`, x and y any two batch axes, in this order in
-memory: nothing is transposed.
+call is within reach. Arrays are `[x, y, rows, dim]`, x and y any two batch axes. In memory the rows
+come before y, as tokens come before heads in the arrays of a caller: where these are what is handed
+in and out, by whatever axes they are named here, XLA has nothing to transpose.
 """
 
 import contextlib
@@ -136,34 +137,51 @@ def _forward(q, k, v, *, scale):
         jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         _WORKSPACE,
     )
-    out, lse, _ = _call(_FORWARD, results, q, k, scale, _PRODUCTS)(q, k, v)
+    call = _call(_FORWARD, results, (_ROWS_FIRST, None, None), q, k, scale, _PRODUCTS)
+    out, lse, _ = call(*map(_rows_first, (q, k, v)))
     return out, lse
 
 
 def _backward(q, k, v, lse, out, dout, *, scale):
     results = (*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), _WORKSPACE)
-    call = _call(_BACKWARD, results, q, k, scale, _GRADIENT_PRODUCTS)
+    layouts = (*[_ROWS_FIRST] * 3, None)
+    call = _call(_BACKWARD, results, layouts, q, k, scale, _GRADIENT_PRODUCTS)
+    q, k, v, out, dout = map(_rows_first, (q, k, v, out, dout))
     dq, dk, dv, _ = call(q, k, v, lse, dout, out)
     return dq, dk, dv
 
 
+def _rows_first(x: Float[Array, "x y n d"]) -> Float[Array, "x n y d"]:
+    return x.swapaxes(1, 2)
+
+
+# The same of a result, as an order of its axes in memory. Operands and results of the calls that
+# JAX makes differ in this way too.
+_ROWS_FIRST = (0, 2, 1, 3)
+
 # XLA finds out how much the call needs and puts it here.
 _WORKSPACE = jax.ShapeDtypeStruct((0,), jnp.uint8)
 
-# The axes that each product contracts, left and right; the first two are batch axes.
-_PRODUCTS = {"bmm1": (3, 3), "bmm2": (3, 2)}
+# The axes of each product, left and right: those that are contracted, and those of the batch.
+# Scores are `[x, y, n, s]`, the rest is `[x, n, y, d]`.
+_SCORES, _ROWS = (0, 1), (0, 2)
+_PRODUCTS = {
+    "bmm1": ((3, 3), (_ROWS, _ROWS)),
+    "bmm2": ((3, 1), (_SCORES, _ROWS)),
+}
 _GRADIENT_PRODUCTS = {
-    "bmm1_grad_gemm1": (2, 2),
-    "bmm1_grad_gemm2": (3, 2),
-    "bmm2_grad_gemm1": (2, 2),
-    "bmm2_grad_gemm2": (3, 3),
+    "bmm1_grad_gemm1": ((2, 1), (_SCORES, _ROWS)),
+    "bmm1_grad_gemm2": ((3, 1), (_SCORES, _ROWS)),
+    "bmm2_grad_gemm1": ((2, 1), (_SCORES, _ROWS)),
+    "bmm2_grad_gemm2": ((3, 3), (_ROWS, _ROWS)),
 }
 
 
-def _call(target, results, q, k, scale, products):
+def _call(target, results, layouts, q, k, scale, products):
     return jax.ffi.ffi_call(
         target,
         results,
+        output_layouts=layouts,
         custom_call_api_version=2,
         legacy_backend_config=config(q.shape, k.shape[2], q.dtype.name, scale, products),
     )
@@ -204,12 +222,12 @@ def config(
         "is_flash_attention": True,
         "mask_type": "NO_MASK",
     }
-    for name, (left, right) in products.items():
+    for name, (contracted, batch) in products.items():
         settings[f"{name}_dot_dimension_numbers"] = {
-            "lhs_contracting_dimensions": [str(left)],
-            "rhs_contracting_dimensions": [str(right)],
-            "lhs_batch_dimensions": ["0", "1"],
-            "rhs_batch_dimensions": ["0", "1"],
+            "lhs_contracting_dimensions": [str(contracted[0])],
+            "rhs_contracting_dimensions": [str(contracted[1])],
+            "lhs_batch_dimensions": [str(n) for n in batch[0]],
+            "rhs_batch_dimensions": [str(n) for n in batch[1]],
         }
     settings |= {
         "dropout_rate": 0.0,

@@ -6,11 +6,12 @@
 
 It is bound by memory: each of q, aL and Y is read once and each result written once. A block of
 threads is one warpgroup that walks over positions. While it computes one, the copies of the next
-are under way, and so is the copy of the last result. Neighbouring blocks have neighbouring
-positions, which lie side by side in memory.
+are under way, and so is the copy of the last result. Neighbouring blocks have neighbouring heads
+of a position, which lie side by side in memory.
 
-A position's rows are `n` tokens apart in memory. Hopper's copy engine gathers them, fills rows
-that are not there with zeros, and leaves them out when it writes.
+A position's rows are a frame's tokens apart in memory, where all arrays lie as a caller's do:
+`[entries, frames, n, heads, d]`, whatever axes their names give them here. Hopper's copy engine
+gathers the rows, fills those that are not there with zeros, and leaves them out when it writes.
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ from ..gpu.call import (
     tile_memory,
     tiles,
 )
+from ..gpu.order import groups_first, rows_first
 from ..numerics import MASKED
 
 LONGEST = 128
@@ -104,9 +106,14 @@ def last(
     al: Float[Array, "g M n d"],
     bias: Float[Array, "g M n"],
     y: Float[Array, "g M n e"],
+    entries: int = 1,
 ) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
-    """`(out, lse)`: out in the dtype of `y`, lse in float32; zeros and -inf without any key."""
+    """`(out, lse)`: out in the dtype of `y`, lse in float32; zeros and -inf without any key.
+
+    The groups are the heads of `entries` entries of a batch.
+    """
     (g, m, n, d), blocks, e = q.shape, al.shape[1], y.shape[-1]
+    heads = g // entries
     panel = HALF_PANEL if blocks <= HALF_PANEL else PANEL
     rows, keys = round_up(m, ROWS), round_up(blocks, panel)
     width = round_up(m, 4)
@@ -124,7 +131,7 @@ def last(
             for ref, to, length in (
                 (q_ref, q_tiles, rows), (al_ref, al_tiles, keys), (y_ref, y_tiles, keys),
             ):  # fmt: skip
-                fetch(ref, rows_of(group, position, 0, length), to.at(slot), barrier)
+                fetch(ref, rows_of(group, position, 0, length, heads), to.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
 
         def compute(step, group, position, slot):
@@ -144,12 +151,13 @@ def last(
                 store([x * by_row(share, x.shape) for x in out], out_tiles.at(at))
                 lse_lines[at] = top * LN2 + jnp.log(total)
                 plgpu.commit_smem()
-                send(out_tiles.at(at), out_ref, rows_of(group, position, tile * ROWS, ROWS))
+                rows_there = rows_of(group, position, tile * ROWS, ROWS, heads)
+                send(out_tiles.at(at), out_ref, rows_there)
                 there = min(ROWS, width - tile * ROWS)
                 to = lse_ref.at[group, position, pl.ds(tile * ROWS, there)]
                 plgpu.copy_smem_to_gmem(lse_lines.at[at, pl.ds(0, there)], to)
 
-        walk(load, compute, loaded, g, n, way)
+        walk(load, compute, loaded, g, n, way, heads)
 
     out, lse = launch(
         body,
@@ -158,7 +166,7 @@ def last(
         grid_names=("blocks",),
         threads=1,
         out_type=(
-            jax.ShapeDtypeStruct((g, stored(m), n, e), y.dtype),
+            jax.ShapeDtypeStruct((entries, stored(m), n, heads, e), y.dtype),
             jax.ShapeDtypeStruct((g, n, width), jnp.float32),
         ),
         scratch=(
@@ -172,8 +180,8 @@ def last(
         ),
         flops=2 * g * n * m * blocks * (d + e),
         moved=2 * g * n * (m * (d + e) + blocks * (d + e)) + 4 * g * n * (line + width),
-    )(q, al, y, position_lines(bias * LOG2E, line))
-    return out[:, :m], lse[..., :m].swapaxes(1, 2)
+    )(*(rows_first(x, entries) for x in (q, al, y)), position_lines(bias * LOG2E, line))
+    return groups_first(out[:, :m]), lse[..., :m].swapaxes(1, 2)
 
 
 def middle(
@@ -183,13 +191,15 @@ def middle(
     queries: Bool[Array, "g m n"] | None,
     *,
     floor: float,
+    entries: int = 1,
 ) -> Float[Array, "g M n d"]:
-    """The mean queries, in the dtype of `q`.
+    """The mean queries, in the dtype of `q`; the groups are the heads of `entries` of a batch.
 
     The scores are made twice: with the queries as rows for each row's log-sum-exp, and with the
     key blocks as rows, so that the weights are at once the left side of their product with q.
     """
     (g, m, n, d), blocks = q.shape, al.shape[1]
+    heads = g // entries
     rows, keys = round_up(m, ROWS), round_up(blocks, ROWS)
     inner = round_up(blocks, COLUMNS)
     key_line, row_line = round_up(keys, LINE), round_up(rows, LINE)
@@ -209,8 +219,8 @@ def middle(
 
         def load(group, position, slot):
             barrier = loaded.at[slot]
-            fetch(q_ref, rows_of(group, position, 0, rows), q_tiles.at(slot), barrier)
-            fetch(al_ref, rows_of(group, position, 0, keys), al_tiles.at(slot), barrier)
+            for ref, to, length in ((q_ref, q_tiles, rows), (al_ref, al_tiles, keys)):
+                fetch(ref, rows_of(group, position, 0, length, heads), to.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
             if extra:
                 source = barred_ref.at[group, position]
@@ -245,10 +255,11 @@ def middle(
                 plgpu.wait_smem_to_gmem(way.results - 1, wait_read_only=True)
                 store([x * by_row(share, x.shape) for x in qt], qt_tiles.at(at))
                 plgpu.commit_smem()
-                send(qt_tiles.at(at), qt_ref, rows_of(group, position, tile * ROWS, ROWS))
+                rows_there = rows_of(group, position, tile * ROWS, ROWS, heads)
+                send(qt_tiles.at(at), qt_ref, rows_there)
                 plgpu.commit_smem_to_gmem_group()
 
-        walk(load, compute, loaded, g, n, way)
+        walk(load, compute, loaded, g, n, way, heads)
 
     qt = launch(
         body,
@@ -256,7 +267,7 @@ def middle(
         grid=(blocks_of_threads(g * n, way),),
         grid_names=("blocks",),
         threads=1,
-        out_type=jax.ShapeDtypeStruct((g, stored(blocks), n, d), q.dtype),
+        out_type=jax.ShapeDtypeStruct((entries, stored(blocks), n, heads, d), q.dtype),
         scratch=(
             tile_memory((way.stages,), rows, d, q.dtype),
             tile_memory((way.stages,), keys, d, al.dtype),
@@ -268,18 +279,24 @@ def middle(
         ),
         flops=4 * g * n * m * blocks * d,
         moved=2 * g * n * d * (m + 2 * blocks) + g * n * lines,
-    )(q, al, position_lines(bias * LOG2E, key_line), *extra)
-    return qt[:, :blocks]
+    )(*(rows_first(x, entries) for x in (q, al)), position_lines(bias * LOG2E, key_line), *extra)
+    return groups_first(qt[:, :blocks])
 
 
 def walk(
-    load: Callable[..., None], compute: Callable[..., None], loaded: Any, g: int, n: int, way: Plan
+    load: Callable[..., None],
+    compute: Callable[..., None],
+    loaded: Any,
+    g: int,
+    n: int,
+    way: Plan,
+    heads: int = 1,
 ) -> None:
     """A warpgroup's walk over its positions, with the copies of `way.stages` of them under way.
 
     `load(group, position, slot)` starts the copies that arrive at the barrier `loaded[slot]`;
     `compute(step, group, position, slot)` uses what they brought, and is done with it when every
-    thread has passed its last barrier.
+    thread has passed its last barrier. The `heads` groups of an entry are neighbours at a position.
     """
     blocks = blocks_of_threads(g * n, way)
     first = lax.axis_index("blocks")
@@ -287,7 +304,8 @@ def walk(
 
     def place(step):
         at = first + step * blocks
-        return lax.div(at, n), lax.rem(at, n)
+        entry, at = lax.div(at, n * heads), lax.rem(at, n * heads)
+        return entry * heads + lax.rem(at, heads), lax.div(at, heads)
 
     for slot in range(way.stages):
 
@@ -310,9 +328,17 @@ def walk(
     plgpu.wait_smem_to_gmem(0)
 
 
-def rows_of(group: Any, position: Any, start: int, count: int) -> tuple[Any, ...]:
-    """The index of rows of a position, which may pass the end of the array."""
-    return group, pl.ds(position * 0 + start, count), position
+def rows_of(
+    group: Any, position: Any, start: int, count: int, heads: int | None = None
+) -> tuple[Any, ...]:
+    """The index of rows of a position, which may pass the end of the array.
+
+    `[groups, frames, n]` without `heads`, else `[entries, frames, n, heads]`.
+    """
+    rows = pl.ds(position * 0 + start, count)
+    if heads is None:
+        return group, rows, position
+    return lax.div(group, heads), rows, position, lax.rem(group, heads)
 
 
 def blocks_of_threads(positions: int, way: Plan) -> int:

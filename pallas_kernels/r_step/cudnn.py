@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from ..attend.cudnn import added, backward, scaled
 from ..block_sizes import BlockSizes
 from ..gpu import cudnn
+from ..gpu.order import by_frame, by_group
 from .step import RStep
 
 
@@ -25,11 +26,15 @@ def r_step(
     keys: Bool[Array, "g M b"] | None = None,
     entropy_gradient: bool = False,
     known: RStep | None = None,
+    entries: int = 1,
     block_sizes: BlockSizes,
 ) -> RStep:
     """Attention of `qt[k]` on block k with values K, then V; `cL` by the identity.
 
         lse = logsumexp_i (scale qt . K) ;  aL = scale R K ;  Y = R V ;  cL = qt . aL - lse
+
+    `entries` says of how many entries of a batch the groups are the heads; it changes only where
+    arrays lie.
 
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
     then, but the gradient is still that of the R step.
@@ -40,32 +45,48 @@ def r_step(
     del block_sizes
     if keys is not None:
         raise NotImplementedError("takes no masked keys, and no blocks that do not divide the grid")
-    cudnn.check(qt, k, tuple(values))
+    cudnn.check(by_frame(qt, entries), k, tuple(values))
     known = jax.lax.stop_gradient(known)
-    step: Any = _r_step(float(scale), entropy_gradient, qt, k, tuple(values), known)
+    settings = float(scale), entropy_gradient, entries
+    step: Any = _r_step(*settings, qt, k, tuple(values), known)
     return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _r_step(scale, entropy_gradient, qt, k, values, known):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _r_step(scale, entropy_gradient, entries, qt, k, values, known):
     del entropy_gradient
     if known is not None:
         return known
+    qt, k, values = _by_frame((qt, k, values), entries)
     mean, lse = cudnn.forward(qt, k, k, scale)
     al = scaled(mean, scale)
     ys = tuple(cudnn.forward(qt, k, v, scale)[0] for v in values)
     cl = jnp.sum(qt.astype(lse.dtype) * al.astype(lse.dtype), axis=-1) - lse
-    return RStep(al, ys, cl, lse)
+    return _by_group(RStep(al, ys, cl, lse), entries)
 
 
-def _forward(scale, entropy_gradient, qt, k, values, known):
-    step = _r_step(scale, entropy_gradient, qt, k, values, known)
+def _by_frame(arrays: Any, entries: int) -> Any:
+    return jax.tree.map(lambda x: by_frame(x, entries), arrays)
+
+
+def _by_group(arrays: Any, entries: int) -> Any:
+    return jax.tree.map(lambda x: by_group(x, entries), arrays)
+
+
+def _forward(scale, entropy_gradient, entries, qt, k, values, known):
+    step = _r_step(scale, entropy_gradient, entries, qt, k, values, known)
     return step, (qt, k, values, step)
 
 
-def backward_of_step(scale, entropy_gradient, saved: Any, gradient: RStep):
+def _backward(scale, entropy_gradient, entries, saved: Any, gradient: RStep):
+    return backward_of_step(scale, entropy_gradient, saved, gradient, entries)
+
+
+def backward_of_step(
+    scale: float, entropy_gradient: bool, saved: Any, gradient: RStep, entries: int = 1
+) -> Any:
     """By the gradient of attention; that of cL enters through `cL = qt . aL - lse`."""
-    qt, k, values, step = saved
+    (qt, k, values, step), gradient = _by_frame((saved, gradient), entries)
     dal, dlse, through = gradient.al, gradient.lse, None
     if entropy_gradient:
         wide = gradient.cl[..., None]
@@ -78,7 +99,8 @@ def backward_of_step(scale, entropy_gradient, saved: Any, gradient: RStep):
     )  # fmt: skip
     if through is not None:
         dq = (dq + through).astype(qt.dtype)
-    return dq, added([dk, dmean]), tuple(dvalues), None
+    found = dq, added([dk, dmean]), tuple(dvalues)
+    return (*_by_group(found, entries), None)
 
 
-_r_step.defvjp(_forward, backward_of_step)
+_r_step.defvjp(_forward, _backward)
