@@ -115,13 +115,15 @@ def tiles(memory: Any) -> Tiles:
     return Tiles(memory, memory) if mode.interpreting() is not None else Tiles(*memory)
 
 
-def fetch(source: Any, index: tuple[Any, ...], to: Tiles, barrier: Any) -> None:
+def fetch(source: Any, index: tuple[Any, ...], to: Tiles, barrier: Any, column: int = 0) -> None:
     """Starts a copy of `source[index]`, `[rows, columns]`; each panel arrives at the barrier once.
+
+    The columns copied are those from `column` on.
 
     Rows beyond the end of the array become zeros.
     """
     for panel in range(to.panels):
-        part = source.at[(*index, pl.ds(panel * to.width, to.width))]
+        part = source.at[(*index, pl.ds(column + panel * to.width, to.width))]
         plgpu.copy_gmem_to_smem(part, to.plain.at[panel], barrier)
 
 
@@ -131,13 +133,13 @@ def store(panels: Sequence[Float[Array, "rows _"]], to: Tiles) -> None:
         to.tiled[panel] = x.astype(to.tiled.dtype)
 
 
-def send(source: Tiles, to: Any, index: tuple[Any, ...]) -> None:
-    """Starts a copy to `to[index]`, `[rows, columns]`, which the caller commits.
+def send(source: Tiles, to: Any, index: tuple[Any, ...], column: int = 0) -> None:
+    """Starts a copy to `to[index]`, `[rows, columns]` from `column` on, which the caller commits.
 
     Rows beyond the end of the array are left out.
     """
     for panel in range(source.panels):
-        part = to.at[(*index, pl.ds(panel * source.width, source.width))]
+        part = to.at[(*index, pl.ds(column + panel * source.width, source.width))]
         plgpu.copy_smem_to_gmem(source.plain.at[panel], part, commit_group=False)
 
 
@@ -233,6 +235,46 @@ def add_dots(
 
     sums: Any = pl.run_state(compute)([plgpu.WGMMAAccumulatorRef.init(x) for x in start])
     return list(sums)
+
+
+def products(*sums: Sequence[tuple[Any, Tiles]]) -> list[list[Float[Array, "n _"]]]:
+    """For each of `sums` the sum of its products `a @ b`, in float32 and panel by panel.
+
+    All are under way together. Left sides are in registers, or panels in shared memory.
+    """
+    counts = [terms[0][1].panels for terms in sums]
+    if mode.interpreting() is not None:
+        return [
+            [sum(_plain(a[...], b.tiled[i], 0) for a, b in terms) for i in range(count)]
+            for terms, count in zip(sums, counts, strict=True)
+        ]
+
+    def compute(*accumulators: Any) -> list[list[Array]]:
+        groups, left = [], list(accumulators)
+        for terms, count in zip(sums, counts, strict=True):
+            groups.append(left[:count])
+            left = left[count:]
+            for a, b in terms:
+                for i, accumulator in enumerate(groups[-1]):
+                    plgpu.wgmma(accumulator, a, b.tiled.at[i])
+        return [[accumulator[...] for accumulator in group] for group in groups]
+
+    shapes = [
+        (terms[0][0].shape[0], terms[0][1].width)
+        for terms, count in zip(sums, counts, strict=True)
+        for _ in range(count)
+    ]
+    return pl.run_scoped(compute, *(plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in shapes))
+
+
+def store_turned(x: Float[Array, "rows k"], to: Tiles) -> None:
+    """Writes the transpose of a product to a panel of shared memory, `[k, rows]`."""
+    x = x.astype(to.tiled.dtype)
+    if mode.interpreting() is not None:
+        to.tiled[0] = x.T
+        return
+    x = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.transpose_ref(to.tiled.at[0], (1, 0))[...] = x
 
 
 def _plain(a: Array, b: Array, contracted: int) -> Array:
