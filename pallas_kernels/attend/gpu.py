@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from ..block_sizes import BlockSizes
 from ..gpu import cudnn as library
 from ..gpu.checks import check
+from ..gpu.order import by_entry, from_entries
 from . import cudnn, xla
 from .gpu_forward import softmax_rows
 
@@ -29,6 +30,7 @@ def attend(
     mask: Bool[Array, "g s"] | None = None,
     gains: tuple[float, ...] | None = None,
     known: Part | None = None,
+    entries: int = 1,
     block_sizes: BlockSizes,
 ) -> Part:
     """`(outs, lse)` of softmax attention of groups of rows.
@@ -36,7 +38,8 @@ def attend(
         lse[g,n] = logsumexp_s (scale q . k) ;  out = gain * sum_s exp(x - lse) values
 
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
-    then, but the gradient is still that of the attention.
+    then, but the gradient is still that of the attention. `entries` says of how many entries of a
+    batch the groups are the heads; it changes only where arrays lie.
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve, for a bias or a
@@ -47,33 +50,36 @@ def attend(
         raise NotImplementedError("the GPU kernel of attention takes no bias and no mask")
     gains = tuple(gains or (1.0,) * len(values))
     known = jax.lax.stop_gradient(known)
-    return _attend(float(scale), gains, block_sizes, q, k, tuple(values), known)
+    return _attend(float(scale), gains, entries, block_sizes, q, k, tuple(values), known)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(scale, gains, block_sizes, q, k, values, known):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attend(scale, gains, entries, block_sizes, q, k, values, known):
     del block_sizes
     if known is not None:
         return known
     outs, lse, _ = softmax_rows(
-        q, k, values, scale=scale, gains=gains, shared=False, entropy=False, name="attend"
-    )
-    return tuple(outs), lse
+        *_by_entry((q, k, values), entries),
+        scale=scale, gains=gains, shared=False, entropy=False, name="attend",
+    )  # fmt: skip
+    return jax.tree.map(from_entries, (tuple(outs), lse))
 
 
-def _forward(scale, gains, block_sizes, q, k, values, known):
-    part: Any = _attend(scale, gains, block_sizes, q, k, values, known)
+def _by_entry(arrays: Any, entries: int) -> Any:
+    return jax.tree.map(lambda x: by_entry(x, entries), arrays)
+
+
+def _forward(scale, gains, entries, block_sizes, q, k, values, known):
+    part: Any = _attend(scale, gains, entries, block_sizes, q, k, values, known)
     return part, (q, k, values, part)
 
 
-def _backward(scale, gains, block_sizes, saved: Any, gradient: Any):
+def _backward(scale, gains, entries, block_sizes, saved: Any, gradient: Any):
     q, k, values, (outs, lse) = saved
-    if not library.unserved(q[None], k[None], values):
-        values, outs, (douts, dlse) = map(_with_axis, (values, outs, gradient))
-        dq, dk, dvalues = cudnn.backward(
-            q[None], k[None], values, outs, lse[None], douts, dlse, scale=scale, gains=gains
-        )
-        return dq[0], dk[0], tuple(dv[0] for dv in dvalues), None
+    if not library.unserved(by_entry(q, entries), k, values):
+        arrays = _by_entry((q, k, values, outs, lse, *gradient), entries)
+        found = cudnn.backward(*arrays, scale=scale, gains=gains)
+        return (*jax.tree.map(from_entries, found), None)
 
     def again(q, k, values):
         outs, lse = xla.attend(q, k, values, scale=scale, gains=gains, block_sizes=block_sizes)
@@ -81,11 +87,6 @@ def _backward(scale, gains, block_sizes, saved: Any, gradient: Any):
 
     _, pullback = jax.vjp(again, q, k, values)
     return (*pullback(gradient), None)
-
-
-def _with_axis(arrays: Any) -> Any:
-    """For the calls of cuDNN, which have two batch axes."""
-    return jax.tree.map(lambda x: x[None], arrays)
 
 
 _attend.defvjp(_forward, _backward)

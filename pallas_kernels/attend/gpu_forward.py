@@ -12,9 +12,11 @@ between matrix products and exponentials, and a third that copies keys and value
 This is FlashAttention-3's schedule, after JAX's own example of it
 (`jax/experimental/pallas/ops/gpu/attention_mgpu.py`). Neither the rows nor the keys need be a
 multiple of anything: the copy engine fills what is missing with zeros, and the last keys' scores
-are masked.
+are masked. Rows need not lie side by side in memory either: with two axes of groups they lie as a
+caller's tokens do, with the heads (the second axis) between them.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -63,21 +65,24 @@ COPIER_REGISTERS = 24
 
 
 def softmax_rows(
-    q: Float[Array, "g n d"],
-    k: Float[Array, "g s d"],
-    values: tuple[Float[Array, "g s _"], ...],
+    q: Float[Array, "*g n d"],
+    k: Float[Array, "*g s d"],
+    values: tuple[Float[Array, "*g s _"], ...],
     *,
     scale: float,
     gains: tuple[float, ...],
     shared: bool,
     entropy: bool,
     name: str,
-) -> tuple[list[Float[Array, "g n _"]], Float[Array, "g n"], Float[Array, "g n"] | None]:
+) -> tuple[list[Float[Array, "*g n _"]], Float[Array, "*g n"], Float[Array, "*g n"] | None]:
     """`(outs, lse, entropy)`: outs in the dtypes of their values, the rest in float32.
 
-    The entropy's product is that of the rounded first result. `None` unless asked for.
+    The entropy's product is that of the rounded first result. `None` unless asked for. Groups have
+    one axis or two. With one, memory is in the order of the axes; with two, groups `[x, y]`, it is
+    `[x, rows, y, dim]`, and arrays that do not lie so are transposed.
     """
-    (g, n, d), s = q.shape, k.shape[1]
+    groups, (n, d), s = q.shape[:-2], q.shape[-2:], k.shape[-2]
+    g, heads = math.prod(groups), groups[1] if len(groups) == 2 else 1
     sources = (k, *values)
     used = range(0 if shared else 1, len(sources))
     widths = tuple(sources[i].shape[-1] for i in used)
@@ -100,6 +105,10 @@ def softmax_rows(
         worker = lax.axis_index("warpgroup")
         at = lax.axis_index("blocks")
         group = lax.div(at, row_tiles)
+
+        def place(rows):
+            return lax.div(group, heads), rows, lax.rem(group, heads)
+
         held = [tiles(memory) for memory in memories]
 
         def take_turns():
@@ -111,7 +120,7 @@ def softmax_rows(
             plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
             rows = tiles(q_memory).at(worker)
             first = lax.rem(at, row_tiles) * tile_rows + worker * ROWS
-            fetch(q_ref, (group, pl.ds(first, ROWS)), rows, q_loaded.at[worker])
+            fetch(q_ref, place(pl.ds(first, ROWS)), rows, q_loaded.at[worker])
             plgpu.barrier_wait(q_loaded.at[worker])
             plgpu.barrier_wait(loaded.at[0])
             pl.when(worker == 1)(take_turns)
@@ -170,7 +179,7 @@ def softmax_rows(
                     if entropy:
                         line[1] = _dot_of_rows(rows, out) - lse
                 plgpu.commit_smem()
-                send(part, out_refs[i], (group, pl.ds(first, ROWS)))
+                send(part, out_refs[i], place(pl.ds(first, ROWS)))
                 if i == 0:
                     to = pl.ds(first, ROWS)
                     plgpu.copy_smem_to_gmem(line.at[0], lse_ref.at[group, to], commit_group=False)
@@ -186,7 +195,7 @@ def softmax_rows(
             plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
 
             def copy(slot, start, count):
-                index = (group, pl.ds(start, count))
+                index = place(pl.ds(start, count))
                 for ref, to in zip(source_refs, held, strict=True):
                     fetch(ref, index, to.at(slot).rows(0, count), loaded.at[slot])
 
@@ -216,7 +225,7 @@ def softmax_rows(
         threads=WORKERS + 1,
         out_type=(
             *(
-                jax.ShapeDtypeStruct((g, _stored(n, padded), width), dtype)
+                jax.ShapeDtypeStruct((g // heads, _stored(n, padded), heads, width), dtype)
                 for width, dtype in zip(widths, dtypes, strict=True)
             ),
             *lines,
@@ -235,10 +244,16 @@ def softmax_rows(
         ),
         flops=2 * g * n * s * (d + sum(widths)),
         moved=sum(x.nbytes for x in (q, *sources)) + 2 * g * n * sum(widths) + 8 * g * n,
-    )(q, *sources)
-    outs = [out[:, :n] for out in results[: len(widths)]]
-    lse, *entropies = (line[:, :n] for line in results[len(widths) :])
+    )(*(_heads_apart(x) for x in (q, *sources)))
+    outs = [out[:, :n].swapaxes(1, 2) for out in results[: len(widths)]]
+    outs = [out.reshape(*groups, *out.shape[2:]) for out in outs]
+    lse, *entropies = (line[:, :n].reshape(*groups, n) for line in results[len(widths) :])
     return outs, lse, entropies[0] if entropies else None
+
+
+def _heads_apart(x: Float[Array, "*g n d"]) -> Float[Array, "x n y d"]:
+    """Groups of one axis have one head."""
+    return x.swapaxes(1, 2) if x.ndim == 4 else x[:, :, None]
 
 
 def _dot_of_rows(a: Any, b: list[Float[Array, "n 64"]]) -> Float[Array, "n"]:

@@ -14,6 +14,7 @@ from ..attend.gpu_forward import softmax_rows
 from ..block_sizes import BlockSizes
 from ..gpu import cudnn as library
 from ..gpu.checks import check
+from ..gpu.order import by_frame, by_group
 from . import cudnn, xla
 from .step import RStep
 
@@ -27,6 +28,7 @@ def r_step(
     keys: Bool[Array, "g M b"] | None = None,
     entropy_gradient: bool = False,
     known: RStep | None = None,
+    entries: int = 1,
     block_sizes: BlockSizes,
 ) -> RStep:
     """aL, Y, cL and the log-sum-exp of each row, from one reading of K and V.
@@ -34,7 +36,8 @@ def r_step(
         lse = logsumexp_i (scale qt . K) ;  aL = scale R K ;  Y = R V ;  cL = qt . aL - lse
 
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
-    then, but the gradient is still that of the R step.
+    then, but the gradient is still that of the R step. `entries` says of how many entries of a
+    batch the groups are the heads; it changes only where arrays lie.
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve, for masked keys,
@@ -44,35 +47,35 @@ def r_step(
     if keys is not None:
         raise NotImplementedError("the GPU kernel of the R step takes no masked keys")
     known = jax.lax.stop_gradient(known)
-    step: Any = _r_step(float(scale), entropy_gradient, block_sizes, qt, k, tuple(values), known)
+    settings = float(scale), entropy_gradient, entries, block_sizes
+    step: Any = _r_step(*settings, qt, k, tuple(values), known)
     return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _r_step(scale, entropy_gradient, block_sizes, qt, k, values, known):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _r_step(scale, entropy_gradient, entries, block_sizes, qt, k, values, known):
     del entropy_gradient, block_sizes
     if known is not None:
         return known
+    qt, k, values = jax.tree.map(lambda x: by_frame(x, entries), (qt, k, values))
     (al, *ys), lse, cl = softmax_rows(
-        _flat(qt), _flat(k), tuple(_flat(v) for v in values),
+        qt, k, values,
         scale=scale, gains=(scale, *(1.0 for _ in values)), shared=True, entropy=True,
         name="r_step",
     )  # fmt: skip
-    lead = k.shape[:2]
-    return RStep(
-        _whole(al, lead), tuple(_whole(y, lead) for y in ys), _whole(cl, lead), _whole(lse, lead)
-    )
+    step: Any = RStep(al, tuple(ys), cl, lse)  # pyright: ignore[reportArgumentType]
+    return jax.tree.map(lambda x: by_group(x, entries), step)
 
 
-def _forward(scale, entropy_gradient, block_sizes, qt, k, values, known):
-    step = _r_step(scale, entropy_gradient, block_sizes, qt, k, values, known)
+def _forward(scale, entropy_gradient, entries, block_sizes, qt, k, values, known):
+    step = _r_step(scale, entropy_gradient, entries, block_sizes, qt, k, values, known)
     return step, (qt, k, values, step)
 
 
-def _backward(scale, entropy_gradient, block_sizes, saved: Any, gradient: RStep):
+def _backward(scale, entropy_gradient, entries, block_sizes, saved: Any, gradient: RStep):
     qt, k, values, _ = saved
-    if not library.unserved(qt, k, values):
-        return cudnn.backward_of_step(scale, entropy_gradient, saved, gradient)
+    if not library.unserved(by_frame(qt, entries), k, values):
+        return cudnn.backward_of_step(scale, entropy_gradient, saved, gradient, entries)
 
     def again(qt, k, values):
         return xla.r_step(
@@ -85,12 +88,3 @@ def _backward(scale, entropy_gradient, block_sizes, saved: Any, gradient: RStep)
 
 
 _r_step.defvjp(_forward, _backward)
-
-
-def _flat(x: Array) -> Array:
-    """Batch, heads and key blocks are all groups to the kernel."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _whole(x: Any, lead: tuple[int, int]) -> Array:
-    return x.reshape(*lead, *x.shape[1:])
