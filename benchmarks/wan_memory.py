@@ -43,7 +43,7 @@ class Case:
         size: of the video.
         chip: kind of chip.
         chips: how many.
-        attention: "dense", "vmonarch" or "tiled".
+        attention: "dense", "vmonarch", "tiled", or "salad" with a linear branch in every layer.
         batch: videos in one call; batched guidance has 2, guidance in two calls 1.
         mesh: sizes of axes above 1.
     """
@@ -106,7 +106,12 @@ def cases() -> list[Case]:
         for part, size, chip, chips, batch, mesh in places
         for attention in ("vmonarch", "dense")
     ]
-    return [*steps, *(Case("1.3B", "480p", "v5e", 1, "tiled", n) for n in (1, 2)), *others]
+    more = [
+        Case("1.3B", "480p", "v5e", 1, attention, n)
+        for attention in ("tiled", "salad")
+        for n in (1, 2)
+    ]
+    return [*steps, *more, *others]
 
 
 def main(arguments: list[str] | None = None) -> None:

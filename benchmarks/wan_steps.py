@@ -11,6 +11,7 @@ from flax import nnx
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan import presets
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
+from vmonarch_jax.models.wan.linear_branch import with_linear_layers
 from vmonarch_jax.models.wan.sharding import Sharding
 from vmonarch_jax.models.wan.transformer import WanTransformer
 from vmonarch_jax.models.wan.umt5 import UMT5Encoder
@@ -18,7 +19,12 @@ from vmonarch_jax.models.wan.vae import WanVAE
 
 import vmonarch_jax as vm
 
-METHODS = {"dense": vm.Dense(), "vmonarch": vm.VMonarch(), "tiled": vm.TiledMonarch()}
+METHODS = {
+    "dense": vm.Dense(),
+    "vmonarch": vm.VMonarch(),
+    "tiled": vm.TiledMonarch(),
+    "salad": vm.Salad(),
+}
 MODELS = {"1.3B": "wan2.1-t2v-1.3B", "14B": "wan2.1-t2v-14B"}
 
 
@@ -51,9 +57,14 @@ class Step:
 def denoising(
     part: str, video: tuple[int, int, int], batch: int, attention: str, sharding: Sharding
 ) -> Step:
-    """One call of a transformer; weights, products and text states in bfloat16."""
+    """One call of a transformer; weights, products and text states in bfloat16.
+
+    Under "salad" every layer has its linear branch.
+    """
     wan = presets.MODELS[MODELS[part]]
     config = dataclasses.replace(wan.transformer, dtype="bfloat16")
+    if attention == "salad":
+        config = with_linear_layers(config, range(config.layers))
     rebuild, params = _abstract(
         lambda: WanTransformer(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     )
