@@ -36,6 +36,8 @@ class Backend:
         attend_mass: dense attention and the masses of its blocks in one pass; `None`: in two.
         loops: whether heads and tiles are looped over so that few scores are alive at once.
         keeps: whether the attention kernels hold no scores in memory, and take `known` results.
+        informed: whether the kernels take `entries`, of how many entries of a batch the groups are
+            the heads, and leave the scale of aL to the L steps (`unscaled`, `gain`).
     """
 
     name: str
@@ -49,6 +51,7 @@ class Backend:
     attend_mass: Callable[..., Any] | None = None
     loops: bool = False
     keeps: bool = False
+    informed: bool = False
 
 
 def _pallas_tpu() -> Backend:
@@ -63,7 +66,7 @@ def _pallas_tpu() -> Backend:
     return Backend(
         "pallas_tpu", attend.attend, r_step.r_step, l_step.middle, l_step.last,
         tiled=tiled.tiled, block_sparse=block_sparse.block_sparse,
-        block_mass=block_sparse.block_mass, keeps=True,
+        block_mass=block_sparse.block_mass, attend_mass=block_sparse.attend_mass, keeps=True,
     )  # fmt: skip
 
 
@@ -75,10 +78,12 @@ def _pallas_gpu() -> Backend:
     from vmonarch_jax.pallas_kernels.attend import gpu as attend
     from vmonarch_jax.pallas_kernels.l_step import gpu as l_step
     from vmonarch_jax.pallas_kernels.r_step import gpu as r_step
+    from vmonarch_jax.pallas_kernels.tiled import gpu as tiled
 
     return Backend(
-        "pallas_gpu", attend.attend, r_step.r_step, l_step.middle, l_step.last, keeps=True
-    )
+        "pallas_gpu", attend.attend, r_step.r_step, l_step.middle, l_step.last,
+        tiled=tiled.tiled, keeps=True, informed=True,
+    )  # fmt: skip
 
 
 def _cudnn() -> Backend:
@@ -94,6 +99,7 @@ def _cudnn() -> Backend:
     return dataclasses.replace(
         XLA, name="cudnn", attend=attend.attend, r_step=r_step.r_step,
         l_middle=l_step.middle, l_last=l_step.last, loops=False, keeps=True,
+        informed=True,
     )  # fmt: skip
 
 

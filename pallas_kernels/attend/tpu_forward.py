@@ -51,7 +51,7 @@ WHOLE_KEYS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What the body of the kernel is specialised for; sizes are those of one grid step."""
 
     groups: int  # groups in all, and in a grid step
@@ -101,7 +101,7 @@ def softmax_rows(
         extra = key_blocks * keys - s
         bias = jnp.pad(bias, ((0, 0), (0, extra)), constant_values=MASKED)
         k, *values = (jnp.pad(x, ((0, 0), (0, extra), (0, 0))) for x in (k, *values))
-    plan = _Plan(
+    plan = Plan(
         groups, group_block, n, rows, key_blocks, keys, widths, tuple(gains), scale, shared,
         entropy, bias is not None, q.dtype,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def _fit(length: int, wish: int, step: int) -> int:
     return min(length, pl.cdiv(pl.cdiv(length, pl.cdiv(length, wish)), step) * step)
 
 
-def _kernel(plan: _Plan, *refs: Any) -> None:
+def _kernel(plan: Plan, *refs: Any) -> None:
     """One grid step: `group_block` groups of `rows` rows against `keys` keys."""
     real = None
     if plan.n % plan.rows:  # rows past the end hold anything
@@ -237,7 +237,7 @@ def _kernel(plan: _Plan, *refs: Any) -> None:
     if plan.key_blocks == 1:
         _whole(plan, real, q, k, v, bias, outs, lines)
     else:
-        _streamed(plan, real, q, k, v, bias, outs, lines, *state)
+        streamed(plan, real, q, k, v, bias, outs, lines, *state)
 
 
 def _whole(plan, real, q, k, v, bias, outs, lines) -> None:
@@ -272,14 +272,16 @@ def _whole(plan, real, q, k, v, bias, outs, lines) -> None:
         _loop(plan.group_block, group)
 
 
-def _streamed(
-    plan, real, q, k, v, bias, outs, lines, sums_ref, total_ref, top_ref, careful
+def streamed(
+    plan, real, q, k, v, bias, outs, lines, sums_ref, total_ref, top_ref, careful, masses=None
 ) -> None:
     """A block of the keys: added to the running sums, which alternate between two places.
 
     Were they added to in place, a block that turns out to need the careful path could not be
-    taken back.
+    taken back. `masses`, where a caller wants more of the weights than their sums, takes the place
+    of `_weights`, masks scores before their maximum is taken, and is told what to divide by.
     """
+    weights = _weights if masses is None else masses.weights
     j = pl.program_id(2)
     first = j == 0
     now, before = j % 2, (j + 1) % 2
@@ -290,7 +292,7 @@ def _streamed(
         careful[0] = 0
 
     def hopeful() -> None:
-        p, here = _weights(_scores(plan, q[0], k[0], here_bias), plan.dtype)
+        p, here = weights(_scores(plan, q[0], k[0], here_bias), plan.dtype)
         total = here + jnp.where(first, 0.0, total_ref[before])
         sums = _averages(plan, p, k[0], [ref[0] for ref in v])
         sums_ref[now] = sums + jnp.where(first, 0.0, sums_ref[before])
@@ -315,10 +317,13 @@ def _streamed(
             def chunk(start: Any, size: int) -> None:
                 part = pl.ds(start, size)
                 x = _scores(plan, q[0, part], k[0], here_bias)
+                x = x if masses is None else masses.masked(x)
                 top_before = top_ref[part]
                 top = jnp.maximum(top_before, jnp.max(x, axis=-1, keepdims=True))
                 fade = jnp.exp2(top_before - top)
-                p, here = _weights(x - top, plan.dtype)
+                if masses is not None:
+                    masses.fade(part, fade)
+                p, here = weights(x - top, plan.dtype, part)
                 sums = _averages(plan, p, k[0], [ref[0] for ref in v])
                 old_total = jnp.where(first, 0.0, total_ref[before, part])
                 old_sums = jnp.where(first, 0.0, sums_ref[before, part])
@@ -333,6 +338,8 @@ def _streamed(
         def write(total: Any, sums: Any, top: Any) -> None:
             lse = jnp.log(total) if top is None else top * LN2 + jnp.log(total)
             _finish(plan, q[0], sums, total, lse, outs, lines, 0, 0, plan.rows)
+            if masses is not None:
+                masses.finish(total)
 
         if not slow_path_wanted():
             write(total_ref[now], sums_ref[now], None)
@@ -353,12 +360,13 @@ def _scores(plan, q, k, bias):
     return x if bias is None else x + bias  # [rows, keys]
 
 
-def _weights(x, dtype):
-    """`2^x` in the dtype of the product to come, and its sums `[rows, 1]`.
+def _weights(x, dtype, part=None):
+    """`2^x` in the dtype of the product to come, and its sums `[rows, 1]`; `part`: of which rows.
 
     The sums are of the rounded weights: the outputs are then true averages, and the unrounded
     weights need not be kept.
     """
+    del part  # any rows are alike here
     p = jnp.exp2(x).astype(dtype)  # [rows, keys]
     return p, jnp.sum(p.astype(jnp.float32), axis=-1, keepdims=True)
 

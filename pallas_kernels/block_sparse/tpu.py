@@ -1,11 +1,13 @@
-"""Block-sparse attention on a TPU, with its gradient, and block masses."""
+"""Block-sparse attention on a TPU, with its gradient, and block masses, also of dense attention."""
 
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..attend.tpu import attend
 from ..block_sizes import BlockSizes
 from . import walk
 from .tpu_forward import forward
@@ -53,6 +55,48 @@ def block_mass(
 
     walk.check(block, q, k)
     return masses(q, k, lse, block=block, length=length, scale=scale, block_sizes=block_sizes)
+
+
+def attend_mass(
+    q: Float[Array, "g n d"],
+    k: Float[Array, "g s d"],
+    v: Float[Array, "g s e"],
+    *,
+    block: int,
+    rows: int,
+    length: int,
+    scale: float,
+    block_sizes: BlockSizes,
+) -> tuple[Float[Array, "g n e"], Float[Array, "g n"], Float[Array, "g p blocks"]]:
+    """Dense `(out, lse)` and the mass of its weights; only the first `rows` queries have any.
+
+    One pass, or `attend` and `block_mass` where the masses of a few rows do not fit in VMEM. `out`
+    and `lse` are differentiable in q, k and v; the mass has no gradient.
+
+    Raises:
+        NotImplementedError: for a dtype, a size or a block that the kernels cannot serve.
+    """
+    from .tpu_attend_mass import attend_masses
+
+    walk.check(block, q, k, v)
+    how: dict[str, Any] = {
+        "block": block, "length": length, "scale": float(scale), "block_sizes": block_sizes,
+    }  # fmt: skip
+    known = mass = None
+    try:
+        out, lse, mass = attend_masses(*jax.lax.stop_gradient((q, k, v)), rows=rows, **how)
+        known = (out,), lse
+    except NotImplementedError:
+        pass
+    mask = jnp.broadcast_to(jnp.arange(k.shape[1]) < length, k.shape[:2])
+    (out,), lse = attend(
+        q, k, (v,), scale=scale, mask=None if k.shape[1] <= length else mask, known=known,
+        block_sizes=block_sizes,
+    )  # fmt: skip
+    if mass is None:
+        lines = jnp.where(jnp.arange(q.shape[1]) < rows, lse, jnp.inf)
+        mass = block_mass(*jax.lax.stop_gradient((q, k, lines)), **how)
+    return out, lse, mass
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
