@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 # A masked score: finite, so that a row with every key masked yields no inf - inf, and far
 # below any real score.
@@ -22,3 +23,8 @@ def precision(dtype) -> jax.lax.Precision:
     if jnp.dtype(dtype).itemsize >= 4:
         return jax.lax.Precision.HIGHEST
     return jax.lax.Precision.DEFAULT
+
+
+def scaled(x: Array, gain: float) -> Array:
+    """`gain x`, rounded once."""
+    return x if gain == 1 else (x.astype(accumulator(x.dtype)) * gain).astype(x.dtype)

@@ -1,6 +1,7 @@
 """Running a method over the heads (and query tiles) of a batch, some at a time."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -187,6 +188,7 @@ def dense_part(
 ) -> Part:
     """Exact attention of any rows on any keys: one group a head."""
     batch, heads = q.shape[:2]
+    backend = _informed(backend, batch)
     flat = [x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v)]
     mask = None if keys is None else jnp.repeat(keys, heads, axis=0)
     (out,), lse = backend.attend(
@@ -228,6 +230,7 @@ def monarch_part(
         with contextlib.suppress(NotImplementedError):  # then the general way serves
             part = backend.tiled(first, k, v, keys=keys, block_sizes=block_sizes, **kept)
             return Part(*(x.reshape(batch, heads, *x.shape[1:]) for x in part))
+    backend = _informed(backend, batch, settings["scale"])
     settings |= {"backend": backend, "block_sizes": block_sizes}
     k, v = (x.reshape(-1, tiles * m, b, x.shape[-1]) for x in (k, v))
     keys = None if keys is None else keys.reshape(-1, tiles * m, b)
@@ -244,6 +247,23 @@ def monarch_part(
     else:
         part = some_tiles((k, v, keys), q, queries)
     return Part(*(_tiles_last(x).reshape(batch, heads, tiles, m, b, *x.shape[4:]) for x in part))
+
+
+def _informed(backend: Backend, entries: int, scale: float | None = None) -> Backend:
+    """The backend with kernels that know of how many entries of a batch the groups are the heads.
+
+    From this they tell how a caller's arrays lie, and leave them there. With a `scale`, R steps
+    leave aL without it, and L steps put it in.
+    """
+    if not backend.informed:
+        return backend
+    of_steps = {} if scale is None else {"unscaled": True}, {} if scale is None else {"gain": scale}
+    given = {"attend": {}, "r_step": of_steps[0], "l_middle": of_steps[1], "l_last": of_steps[1]}
+    kernels = {
+        name: functools.partial(getattr(backend, name), entries=entries, **more)
+        for name, more in given.items()
+    }
+    return dataclasses.replace(backend, **kernels)
 
 
 def _side_by_side(x: Any) -> Any:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from ..block_sizes import BlockSizes
 from ..gpu import cudnn
 from ..gpu.order import by_entry, from_entries
+from ..numerics import scaled
 
 Part = tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]
 
@@ -71,23 +72,20 @@ def _attend(scale, gains, counts, q, k, values, known):
 
 
 def _one(q: Array, k: Array, v: Array, scale: float, parts: int) -> tuple[Array, Array]:
-    """One call; parts of the keys are more entries, merged afterwards."""
+    """One call of `[x, y, n, d]`; parts of the keys are more entries, merged afterwards."""
     if parts == 1:
         return cudnn.forward(q, k, v, scale)
-    entries, heads, rows, dim = q.shape
-    q = jnp.broadcast_to(q[:, None], (entries, parts, *q.shape[1:])).reshape(-1, *q.shape[1:])
-    # As `by_frame`: the keys of a part lie together in memory.
-    k, v = (
-        x.reshape(entries, heads, parts, -1, dim).swapaxes(1, 2).reshape(-1, heads, keys, dim)
-        for keys in (k.shape[2] // parts,)
-        for x in (k, v)
-    )
-    out, lse = cudnn.forward(q, k, v, scale)
-    out, lse = (x.reshape(entries, parts, heads, rows, *x.shape[3:]) for x in (out, lse))
+    (x, y, n, d), keys = q.shape, k.shape[2] // parts
+    # Heads go behind the tokens first: cut in another order, the keys would be moved.
+    q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))
+    q = jnp.broadcast_to(q[:, None], (x, parts, *q.shape[1:])).reshape(-1, n, y, d)
+    k, v = (array.reshape(-1, keys, y, d) for array in (k, v))
+    out, lse = cudnn.forward(*(array.swapaxes(1, 2) for array in (q, k, v)), scale)
+    out, lse = out.reshape(x, parts, y, n, d), lse.reshape(x, parts, y, n)
     top = lse.max(1, keepdims=True)
     weights = jnp.exp(lse - top)
     total = weights.sum(1)
-    merged = jnp.einsum("zphn,zphnd->zhnd", weights, out.astype(lse.dtype)) / total[..., None]
+    merged = jnp.einsum("xpyn,xpynd->xynd", weights, out.astype(lse.dtype)) / total[..., None]
     return merged.astype(v.dtype), top[:, 0] + jnp.log(total)
 
 
@@ -156,15 +154,6 @@ def shifted(out: Array, dout: Array, dlse: Array) -> tuple[Array, Array]:
     square = jnp.where(short, jnp.square(stand_in) * out.shape[-1], square)
     shift = jnp.where(wide == 0, 0, wide / jnp.where(square > 0, square, 1)) * rows
     return (out.astype(wide.dtype) - shift).astype(out.dtype), rows.astype(dout.dtype)
-
-
-def scaled(x: Array, gain: float) -> Array:
-    """`gain x`, by way of float32."""
-    return (
-        x
-        if gain == 1
-        else (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * gain).astype(x.dtype)
-    )
 
 
 def added(terms: list[Array]) -> Array:

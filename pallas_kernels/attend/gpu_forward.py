@@ -1,7 +1,8 @@
 """Softmax attention of groups of rows on a Hopper GPU, with K itself as one of the values.
 
     x[n,s] = scale q[n] . k[s] ;  lse[n] = logsumexp_s x
-    out_i[n] = gain_i sum_s exp(x - lse) value_i[s] ;  entropy[n] = q[n] . out_0[n] - lse[n]
+    out_i[n] = gain_i sum_s exp(x - lse) value_i[s]
+    entropy[n] = (scale / gain_0) q[n] . out_0[n] - lse[n]
 
 With `shared`, K is the first value: the R step reads `[K | V]` from memory once, and makes its
 scores once, for both aL and Y. That is 6 units of matrix work a block where two calls of a
@@ -95,6 +96,7 @@ def softmax_rows(
     first_keys = round_up(left, PANEL) or block
     stages = min(AHEAD // (2 * block * sum(x.shape[-1] for x in sources)), steps)
     factor = scale * LOG2E
+    left_to_scale = scale / gains[0] if entropy and scale else 0.0
 
     def body(*refs):
         q_ref, *source_refs = refs[: 1 + len(sources)]
@@ -177,7 +179,7 @@ def softmax_rows(
                 if i == 0:
                     line[0] = lse
                     if entropy:
-                        line[1] = _dot_of_rows(rows, out) - lse
+                        line[1] = _dot_of_rows(rows, out) * left_to_scale - lse
                 plgpu.commit_smem()
                 send(part, out_refs[i], place(pl.ds(first, ROWS)))
                 if i == 0:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..block_sizes import BlockSizes
 from ..gpu.checks import check
-from ..numerics import MASKED, TINY_MASS
+from ..numerics import MASKED, TINY_MASS, scaled
 from . import gpu_backward, gpu_forward, xla
 
 # Frames whose gradients are by kernels.
@@ -28,13 +28,17 @@ def last(
     *,
     key_blocks: Bool[Array, "g M"] | None = None,
     left_out: Bool[Array, "g m M"] | None = None,
+    gain: float = 1.0,
+    entries: int = 1,
     block_sizes: BlockSizes,
 ) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
     """`(out, lse)`; zeros and -inf without any key block.
 
-        F[l,k] = q[l] . aL[k] - cL[k] ;  out[l] = sum_k softmax_k(F) Y[k] ;  lse[l] = logsumexp_k F
+        F[l,k] = gain q[l] . aL[k] - cL[k]
+        out[l] = sum_k softmax_k(F) Y[k] ;  lse[l] = logsumexp_k F
 
-    `out` has the dtype of `y`, lse is float32.
+    `out` has the dtype of `y`, lse is float32. `entries` says of how many entries of a batch the
+    groups are the heads; it changes only where arrays lie.
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve, for pairs that
@@ -44,7 +48,7 @@ def last(
     _check_lengths(q, al)
     if left_out is not None:
         raise NotImplementedError("the GPU kernel of the L step leaves out no pairs of blocks")
-    return _last(block_sizes, q, al, cl, y, key_blocks)
+    return _last((float(gain), entries, block_sizes), q, al, cl, y, key_blocks)
 
 
 def middle(
@@ -55,11 +59,14 @@ def middle(
     floor: float,
     queries: Bool[Array, "g m n"] | None = None,
     key_blocks: Bool[Array, "g M"] | None = None,
+    gain: float = 1.0,
+    entries: int = 1,
     block_sizes: BlockSizes,
 ) -> Float[Array, "g M n d"]:
-    """The mean queries of the next iteration, in the dtype of q.
+    """The mean queries of the next iteration, in the dtype of q; gain and entries as above.
 
-        L[l,k] = softmax_k (q[l] . aL[k] - cL[k]) ;  qt[k] = sum_l L q[l] / max(sum_l L, floor)
+        L[l,k] = softmax_k (gain q[l] . aL[k] - cL[k])
+        qt[k] = sum_l L q[l] / max(sum_l L, floor)
 
     Rows that are not `queries` weigh nothing; key blocks that are not `key_blocks` get zeros.
 
@@ -69,7 +76,8 @@ def middle(
     """
     check(q, al)
     _check_lengths(q, al)
-    return _middle((max(floor, TINY_MASS), block_sizes), q, al, cl, queries, key_blocks)
+    settings = max(floor, TINY_MASS), float(gain), entries, block_sizes
+    return _middle(settings, q, al, cl, queries, key_blocks)
 
 
 def _check_lengths(q: Array, al: Array) -> None:
@@ -87,24 +95,27 @@ def _bias(cl: Float[Array, "g M n"], key_blocks: Bool[Array, "g M"] | None) -> A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _last(block_sizes, q, al, cl, y, key_blocks):
-    del block_sizes
-    return gpu_forward.last(q, al, _bias(cl, key_blocks), y)
+def _last(settings, q, al, cl, y, key_blocks):
+    gain, entries, _ = settings
+    return gpu_forward.last(q, al, _bias(cl, key_blocks), y, gain=gain, entries=entries)
 
 
-def _last_forward(block_sizes, q, al, cl, y, key_blocks):
-    return _last(block_sizes, q, al, cl, y, key_blocks), (q, al, cl, y, key_blocks)
+def _last_forward(settings, q, al, cl, y, key_blocks):
+    return _last(settings, q, al, cl, y, key_blocks), (q, al, cl, y, key_blocks)
 
 
-def _last_backward(block_sizes, saved: Any, gradient: Any):
+def _last_backward(settings, saved: Any, gradient: Any):
+    gain, _, block_sizes = settings
     *arrays, key_blocks = saved
     q, al, cl, y = arrays
     if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
         dout, dlse = gradient
-        dq, dal, dcl, dy = gpu_backward.last_backward(q, al, _bias(cl, key_blocks), y, dout, dlse)
-        return dq, dal, dcl.astype(cl.dtype), dy, None
+        bias = _bias(cl, key_blocks)
+        dq, dal, dcl, dy = gpu_backward.last_backward(q, scaled(al, gain), bias, y, dout, dlse)
+        return dq, scaled(dal, gain), dcl.astype(cl.dtype), dy, None
 
     def again(q, al, cl, y):
+        al = scaled(al, gain)
         out, lse = xla.last(q, al, cl, y, key_blocks=key_blocks, block_sizes=block_sizes)
         return out.astype(y.dtype), lse
 
@@ -117,8 +128,9 @@ _last.defvjp(_last_forward, _last_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _middle(settings, q, al, cl, queries, key_blocks):
-    floor, _ = settings
-    return gpu_forward.middle(q, al, _bias(cl, key_blocks), queries, floor=floor)
+    floor, gain, entries, _ = settings
+    bias = _bias(cl, key_blocks)
+    return gpu_forward.middle(q, al, bias, queries, floor=floor, gain=gain, entries=entries)
 
 
 def _middle_forward(settings, q, al, cl, queries, key_blocks):
@@ -127,18 +139,18 @@ def _middle_forward(settings, q, al, cl, queries, key_blocks):
 
 
 def _middle_backward(settings, saved: Any, dqt):
-    floor, block_sizes = settings
+    floor, gain, _, block_sizes = settings
     *arrays, queries, key_blocks = saved
     q, al, cl = arrays
     if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
         dq, dal, dcl = gpu_backward.middle_backward(
-            q, al, _bias(cl, key_blocks), queries, dqt, floor=floor
+            q, scaled(al, gain), _bias(cl, key_blocks), queries, dqt, floor=floor
         )
-        return dq, dal, dcl.astype(cl.dtype), None, None
+        return dq, scaled(dal, gain), dcl.astype(cl.dtype), None, None
 
     def again(q, al, cl):
         return xla.middle(
-            q, al, cl,
+            q, scaled(al, gain), cl,
             floor=floor, queries=queries, key_blocks=key_blocks, block_sizes=block_sizes,
         ).astype(q.dtype)  # fmt: skip
 

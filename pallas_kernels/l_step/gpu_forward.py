@@ -1,6 +1,6 @@
 """The L step of up to 128 frames on a Hopper GPU: every position's attention in shared memory.
 
-    x[l,k] = (q[l] . aL[k] + bias[k]) log2 e                (bias = -cL, masked keys very low)
+    x[l,k] = (gain q[l] . aL[k] + bias[k]) log2 e           (bias = -cL, masked keys very low)
     last:    out[l] = sum_k 2^(x - top[l]) Y[k] / l[l] ;  lse[l] = (top[l] + log2 l[l]) ln 2
     middle:  L[l,k] = 2^(x[l,k] - lse2[l]) ;  qt[k] = sum_l L q[l] / max(sum_l L, floor)
 
@@ -106,6 +106,7 @@ def last(
     al: Float[Array, "g M n d"],
     bias: Float[Array, "g M n"],
     y: Float[Array, "g M n e"],
+    gain: float = 1.0,
     entries: int = 1,
 ) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
     """`(out, lse)`: out in the dtype of `y`, lse in float32; zeros and -inf without any key.
@@ -113,7 +114,7 @@ def last(
     The groups are the heads of `entries` entries of a batch.
     """
     (g, m, n, d), blocks, e = q.shape, al.shape[1], y.shape[-1]
-    heads = g // entries
+    heads, factor = g // entries, gain * LOG2E
     panel = HALF_PANEL if blocks <= HALF_PANEL else PANEL
     rows, keys = round_up(m, ROWS), round_up(blocks, panel)
     width = round_up(m, 4)
@@ -139,7 +140,7 @@ def last(
             for tile in range(rows // ROWS):
                 queries = q_tiles.at(slot).rows(tile * ROWS, ROWS)
                 x = dot_transposed(queries, al_tiles.at(slot))
-                x = x * LOG2E + by_column(bias, x.shape)
+                x = x * factor + by_column(bias, x.shape)
                 top = jnp.maximum(x.max(axis=1), LOWEST)
                 p = jnp.exp2(x - by_row(top, x.shape))
                 total = p.sum(axis=1)
@@ -191,6 +192,7 @@ def middle(
     queries: Bool[Array, "g m n"] | None,
     *,
     floor: float,
+    gain: float = 1.0,
     entries: int = 1,
 ) -> Float[Array, "g M n d"]:
     """The mean queries, in the dtype of `q`; the groups are the heads of `entries` of a batch.
@@ -199,7 +201,7 @@ def middle(
     key blocks as rows, so that the weights are at once the left side of their product with q.
     """
     (g, m, n, d), blocks = q.shape, al.shape[1]
-    heads = g // entries
+    heads, factor = g // entries, gain * LOG2E
     rows, keys = round_up(m, ROWS), round_up(blocks, ROWS)
     inner = round_up(blocks, COLUMNS)
     key_line, row_line = round_up(keys, LINE), round_up(rows, LINE)
@@ -231,7 +233,7 @@ def middle(
             for start in range(0, rows, ROWS):
                 queries = q_tiles.at(slot).rows(start, ROWS)
                 x = dot_transposed(queries, al_tiles.at(slot).rows(0, inner))
-                x = x * LOG2E + by_column(bias, x.shape)
+                x = x * factor + by_column(bias, x.shape)
                 top = jnp.maximum(x.max(axis=1), LOWEST)
                 total = jnp.exp2(x - by_row(top, x.shape)).sum(axis=1)
                 lse = top + jnp.log(jnp.maximum(total, TINY_SUM)) * LOG2E
@@ -243,7 +245,7 @@ def middle(
             for tile in range(keys // ROWS):
                 x = dot_transposed(al_tiles.at(slot).rows(tile * ROWS, ROWS), tokens)
                 bias = load_per_row(bias_lines.at[slot, pl.ds(tile * ROWS, ROWS)])
-                x = x * LOG2E + by_row(bias, x.shape)
+                x = x * factor + by_row(bias, x.shape)
                 weights = jnp.exp2(x - by_column(lse, x.shape))
                 if rows != m:
                     weights = jnp.where(column_numbers(x.shape) < m, weights, 0.0)

@@ -15,6 +15,7 @@ from ..block_sizes import BlockSizes
 from ..gpu import cudnn as library
 from ..gpu.checks import check
 from ..gpu.order import by_frame, by_group
+from ..numerics import scaled
 from . import cudnn, xla
 from .step import RStep
 
@@ -29,6 +30,7 @@ def r_step(
     entropy_gradient: bool = False,
     known: RStep | None = None,
     entries: int = 1,
+    unscaled: bool = False,
     block_sizes: BlockSizes,
 ) -> RStep:
     """aL, Y, cL and the log-sum-exp of each row, from one reading of K and V.
@@ -37,7 +39,8 @@ def r_step(
 
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
     then, but the gradient is still that of the R step. `entries` says of how many entries of a
-    batch the groups are the heads; it changes only where arrays lie.
+    batch the groups are the heads; it changes only where arrays lie. `unscaled`: aL is `R K`, for
+    an L step that scales, which spares passes over its gradient.
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve, for masked keys,
@@ -47,41 +50,45 @@ def r_step(
     if keys is not None:
         raise NotImplementedError("the GPU kernel of the R step takes no masked keys")
     known = jax.lax.stop_gradient(known)
-    settings = float(scale), entropy_gradient, entries, block_sizes
+    settings = float(scale), entropy_gradient, (entries, unscaled), block_sizes
     step: Any = _r_step(*settings, qt, k, tuple(values), known)
     return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _r_step(scale, entropy_gradient, entries, block_sizes, qt, k, values, known):
+def _r_step(scale, entropy_gradient, form, block_sizes, qt, k, values, known):
     del entropy_gradient, block_sizes
     if known is not None:
         return known
+    entries, unscaled = form
     qt, k, values = jax.tree.map(lambda x: by_frame(x, entries), (qt, k, values))
     (al, *ys), lse, cl = softmax_rows(
         qt, k, values,
-        scale=scale, gains=(scale, *(1.0 for _ in values)), shared=True, entropy=True,
-        name="r_step",
+        scale=scale, gains=(1.0 if unscaled else scale, *(1.0 for _ in values)),
+        shared=True, entropy=True, name="r_step",
     )  # fmt: skip
     step: Any = RStep(al, tuple(ys), cl, lse)  # pyright: ignore[reportArgumentType]
     return jax.tree.map(lambda x: by_group(x, entries), step)
 
 
-def _forward(scale, entropy_gradient, entries, block_sizes, qt, k, values, known):
-    step = _r_step(scale, entropy_gradient, entries, block_sizes, qt, k, values, known)
+def _forward(scale, entropy_gradient, form, block_sizes, qt, k, values, known):
+    step = _r_step(scale, entropy_gradient, form, block_sizes, qt, k, values, known)
     return step, (qt, k, values, step)
 
 
-def _backward(scale, entropy_gradient, entries, block_sizes, saved: Any, gradient: RStep):
+def _backward(scale, entropy_gradient, form, block_sizes, saved: Any, gradient: RStep):
     qt, k, values, _ = saved
+    entries, unscaled = form
     if not library.unserved(by_frame(qt, entries), k, values):
-        return cudnn.backward_of_step(scale, entropy_gradient, saved, gradient, entries)
+        return cudnn.backward_of_step(scale, entropy_gradient, saved, gradient, entries, unscaled)
 
     def again(qt, k, values):
-        return xla.r_step(
+        step = xla.r_step(
             qt, k, values,
             scale=scale, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
         )  # fmt: skip
+        # Without a scale there is no aL to tell its average from, nor any use for one.
+        return step._replace(al=scaled(step.al, 1 / (scale or 1))) if unscaled else step
 
     _, pullback = jax.vjp(again, qt, k, values)
     return (*pullback(gradient), None)
