@@ -300,6 +300,13 @@ def load_panel(matrix: Tiles, panel: int) -> Array:
     return plgpu.load(matrix.tiled.at[panel], (), layout=plgpu.Layout.WGMMA)
 
 
+def load_square(ref: Any) -> Array:
+    """Lines of shared memory in registers, laid out as a product's, a line a row."""
+    if mode.interpreting() is not None:
+        return ref[...]
+    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA)
+
+
 def load_per_row(ref: Any) -> Array:
     """A number for each row of a product, from a line of shared memory."""
     if mode.interpreting() is not None:
@@ -329,6 +336,13 @@ def column_numbers(shape: tuple[int, ...]) -> Array:
     if mode.interpreting() is not None:
         return lax.broadcasted_iota(jnp.int32, shape, 1)
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+
+
+def row_numbers(shape: tuple[int, ...]) -> Array:
+    """Each entry's row."""
+    if mode.interpreting() is not None:
+        return lax.broadcasted_iota(jnp.int32, shape, 0)
+    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
 
 
 def round_up(x: int, multiple: int) -> int:
