@@ -166,6 +166,18 @@ def _kernel_checks(small: bool, dtype: str) -> Iterator[Check]:
             functools.partial(masses, sparse_reference.block_mass),
         )
         yield pair(way, f"block masses, blocks of {block}", *shapes[:2])
+
+        def both(q: Any, k: Any, v: Any, m: Any = more) -> Any:
+            return block_sparse.attend_mass(q, k, v, rows=m["length"], **m, **own)
+
+        def in_turn(q: Any, k: Any, v: Any, m: Any = more) -> Any:
+            real = jnp.arange(k.shape[1]) < m["length"]
+            mask = jnp.broadcast_to(real, k.shape[:2])
+            (out,), lse = attend_reference.attend(q, k, (v,), scale=scale, mask=mask)
+            lines = jax.lax.stop_gradient((q, k, jnp.where(real, lse, jnp.inf)))
+            return out, lse, sparse_reference.block_mass(*lines, **m)
+
+        yield pair((both, in_turn), f"dense attention and masses, blocks of {block}", *shapes)
     for m in (5, 20) if small else (21, 46, 81, 128):
         shape = (1, m, 24 if small else 364, d)
         yield pair(

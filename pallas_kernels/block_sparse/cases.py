@@ -1,4 +1,8 @@
-"""Block-sparse attention and block masses at real shapes: a head at 90% and 80% sparsity."""
+"""Block-sparse attention and block masses at real shapes: a head at 90% and 80% sparsity.
+
+Also the two searches for blocks: masses by a log-sum-exp that is known, and dense attention with
+its masses.
+"""
 
 import functools
 import math
@@ -8,7 +12,7 @@ import jax.numpy as jnp
 
 from ..block_sizes import BlockSizes
 from ..tpu.case import Case
-from .tpu import block_mass, block_sparse
+from .tpu import attend_mass, block_mass, block_sparse
 
 # Name, tokens.
 VIDEOS = (("21x30x52", 32760), ("21x45x80", 75600))
@@ -55,6 +59,13 @@ def _mass(block: int, length: int, block_sizes: BlockSizes):
     )
 
 
+def _attend_mass(block: int, length: int, block_sizes: BlockSizes):
+    return functools.partial(
+        attend_mass,
+        block=block, rows=length, length=length, scale=DIM**-0.5, block_sizes=block_sizes,
+    )  # fmt: skip
+
+
 def _case(name: str, tokens: int, block: int, share: float) -> Case:
     array = padded(tokens, block)
     n = array.shape[1]
@@ -85,7 +96,22 @@ def _mass_case(name: str, tokens: int, block: int) -> Case:
     )
 
 
+def _attend_mass_case(name: str, tokens: int, block: int) -> Case:
+    array = padded(tokens, block)
+    n = array.shape[1]
+    return Case(
+        kernel="attend_mass",
+        shape={"rows": n, "keys": n, "dim": DIM, "width": DIM, "block": block},
+        dtype="bfloat16",
+        build=functools.partial(_attend_mass, block, tokens),
+        arguments=(array, array, array),
+        candidates=({"rows": 512, "keys": 8192}, {"rows": 1024, "keys": 4096}),
+        name=f"{name} blocks of {block}",
+    )
+
+
 CASES = (
     *(_case(*video, block, share) for video in VIDEOS for block in BLOCKS for share in SHARES),
     *(_mass_case(*video, BLOCKS[0]) for video in VIDEOS),
+    *(_attend_mass_case(*video, block) for video in VIDEOS for block in BLOCKS),
 )
