@@ -105,14 +105,15 @@ def _last_forward(settings, q, al, cl, y, key_blocks):
 
 
 def _last_backward(settings, saved: Any, gradient: Any):
-    gain, _, block_sizes = settings
+    gain, entries, block_sizes = settings
     *arrays, key_blocks = saved
     q, al, cl, y = arrays
     if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
-        dout, dlse = gradient
         bias = _bias(cl, key_blocks)
-        dq, dal, dcl, dy = gpu_backward.last_backward(q, scaled(al, gain), bias, y, dout, dlse)
-        return dq, scaled(dal, gain), dcl.astype(cl.dtype), dy, None
+        dq, dal, dcl, dy = gpu_backward.last_backward(
+            q, al, bias, y, *gradient, gain=gain, entries=entries
+        )
+        return dq, dal, dcl.astype(cl.dtype), dy, None
 
     def again(q, al, cl, y):
         al = scaled(al, gain)
@@ -139,14 +140,13 @@ def _middle_forward(settings, q, al, cl, queries, key_blocks):
 
 
 def _middle_backward(settings, saved: Any, dqt):
-    floor, gain, _, block_sizes = settings
+    floor, gain, entries, block_sizes = settings
     *arrays, queries, key_blocks = saved
     q, al, cl = arrays
     if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
-        dq, dal, dcl = gpu_backward.middle_backward(
-            q, scaled(al, gain), _bias(cl, key_blocks), queries, dqt, floor=floor
-        )
-        return dq, scaled(dal, gain), dcl.astype(cl.dtype), None, None
+        bias, more = _bias(cl, key_blocks), {"gain": gain, "entries": entries}
+        dq, dal, dcl = gpu_backward.middle_backward(q, al, bias, queries, dqt, floor=floor, **more)
+        return dq, dal, dcl.astype(cl.dtype), None, None
 
     def again(q, al, cl):
         return xla.middle(

@@ -1,11 +1,11 @@
 """The gradients of the L step on a Hopper GPU: a kernel each, everything of a position at once.
 
     last:    p = softmax_k x ;  dp = dout . Y ;  df = p (dp - sum_k p dp + dlse)
-             dq = df aL ;  daL = df^T q ;  dY = p^T dout ;  dcL = -sum_l df
+             dq = gain df aL ;  daL = gain df^T q ;  dY = p^T dout ;  dcL = -sum_l df
     middle:  cR, S = sum_l L, sum_l L q ;  dS = dqt / max(cR, floor)
              dcR = -dqt . qt / max(cR, floor) where cR > floor, else 0
              dL = q . dS + dcR ;  df = L (dL - sum_k L dL)
-             dq = L dS + df aL ;  daL = df^T q ;  dcL = -sum_l df
+             dq = L dS + gain df aL ;  daL = gain df^T q ;  dcL = -sum_l df
 
 As forward, each input is read once and each gradient written once. The scores are made again,
 once with the queries as rows and once with the key blocks as rows: so every product has its left
@@ -44,6 +44,7 @@ from ..gpu.call import (
     tile_memory,
     tiles,
 )
+from ..gpu.order import groups_first, rows_first
 from ..numerics import MASKED
 from .gpu_forward import (
     LOWEST,
@@ -68,9 +69,15 @@ def last_backward(
     y: Float[Array, "g M n e"],
     dout: Float[Array, "g m n e"],
     dlse: Float[Array, "g m n"],
+    gain: float = 1.0,
+    entries: int = 1,
 ) -> tuple[Array, Array, Array, Array]:
-    """`(dq, daL, dcL, dY)` in the dtypes of q, aL and Y; dcL in float32."""
+    """`(dq, daL, dcL, dY)` in the dtypes of q, aL and Y; dcL in float32.
+
+    The groups are the heads of `entries` entries of a batch.
+    """
     (g, m, n, d), blocks, e = q.shape, al.shape[1], y.shape[-1]
+    heads, factor = g // entries, gain * LOG2E
     rows, keys = round_up(m, ROWS), round_up(blocks, ROWS)
     row_line, key_line = round_up(rows, LINE), round_up(keys, LINE)
     width = round_up(blocks, 4)
@@ -93,7 +100,7 @@ def last_backward(
                 (q_ref, q_tiles, rows), (dout_ref, dout_tiles, rows),
                 (al_ref, al_tiles, keys), (y_ref, y_tiles, keys),
             ):  # fmt: skip
-                fetch(ref, rows_of(group, position, 0, length), to.at(slot), barrier)
+                fetch(ref, rows_of(group, position, 0, length, heads), to.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
             plgpu.copy_gmem_to_smem(dlse_ref.at[group, position], dlse_lines.at[slot], barrier)
 
@@ -106,42 +113,42 @@ def last_backward(
             for start in range(0, rows, ROWS):
                 these = pl.ds(start, ROWS)
                 x = dot_transposed(q_here.rows(start, ROWS), al_here)
-                x = x * LOG2E + by_column(bias, x.shape)
+                x = x * factor + by_column(bias, x.shape)
                 top = jnp.maximum(x.max(axis=1), LOWEST)
                 p = jnp.exp2(x - by_row(top, x.shape))
                 total = p.sum(axis=1)
                 p = p * by_row(1.0 / jnp.maximum(total, TINY_SUM), x.shape)
                 dp = dot_transposed(dout_here.rows(start, ROWS), y_here)
                 shift = (p * dp).sum(axis=1) - load_per_row(dlse_lines.at[slot, these])
-                df = (p * (dp - by_row(shift, p.shape))).astype(al.dtype)
+                df = (p * (dp - by_row(shift, p.shape)) * gain).astype(al.dtype)
                 df, shift, top, total = lax.optimization_barrier((df, shift, top, total))
                 dq = dot(df, al_here)
                 lse = top + jnp.log(total) * LOG2E
                 lse_line[these] = jnp.where(total > 0.0, lse, NOBODY)
                 shift_line[these] = shift
-                out.put(dq, dq_ref, rows_of(group, position, start, ROWS))
+                out.put(dq, dq_ref, rows_of(group, position, start, ROWS, heads))
             for start in range(0, keys, ROWS):
                 x = dot_transposed(al_here.rows(start, ROWS), q_here)
                 here = load_per_row(bias_lines.at[slot, pl.ds(start, ROWS)])
-                x = x * LOG2E + by_row(here, x.shape)
+                x = x * factor + by_row(here, x.shape)
                 p = jnp.exp2(x - by_column(load_per_column(lse_line), x.shape))
                 dp = dot_transposed(y_here.rows(start, ROWS), dout_here)
                 df = p * (dp - by_column(load_per_column(shift_line), p.shape))
                 # Rounded at once: the registers of the wide ones are wanted for the results.
                 p, df, dcl = lax.optimization_barrier(
-                    (p.astype(y.dtype), df.astype(q.dtype), -df.sum(axis=1))
+                    (p.astype(y.dtype), (df * gain).astype(q.dtype), -df.sum(axis=1))
                 )
                 dy = dot(p, dout_here)
-                out.put(dy, dy_ref, rows_of(group, position, start, ROWS))
+                out.put(dy, dy_ref, rows_of(group, position, start, ROWS, heads))
                 dal = dot(df, q_here)
                 there = min(ROWS, width - start)
                 to = dcl_ref.at[group, position, pl.ds(start, there)]
                 out.put(
-                    dal, dal_ref, rows_of(group, position, start, ROWS),
+                    dal, dal_ref, rows_of(group, position, start, ROWS, heads),
                     (dcl, dcl_lines, to),
                 )  # fmt: skip
 
-        walk(load, compute, loaded, g, n, way)
+        walk(load, compute, loaded, g, n, way, heads)
 
     dq, dal, dy, dcl = launch(
         body,
@@ -150,9 +157,9 @@ def last_backward(
         grid_names=("blocks",),
         threads=1,
         out_type=(
-            jax.ShapeDtypeStruct((g, stored(m), n, d), q.dtype),
-            jax.ShapeDtypeStruct((g, stored(blocks), n, d), al.dtype),
-            jax.ShapeDtypeStruct((g, stored(blocks), n, e), y.dtype),
+            jax.ShapeDtypeStruct((entries, stored(m), n, heads, d), q.dtype),
+            jax.ShapeDtypeStruct((entries, stored(blocks), n, heads, d), al.dtype),
+            jax.ShapeDtypeStruct((entries, stored(blocks), n, heads, e), y.dtype),
             jax.ShapeDtypeStruct((g, n, width), jnp.float32),
         ),
         scratch=(
@@ -171,10 +178,15 @@ def last_backward(
         flops=2 * g * n * m * blocks * (3 * d + 2 * e),
         moved=2 * g * n * (2 * m * d + m * e + 2 * blocks * (d + e)),
     )(
-        q, al, y, dout, position_lines(bias * LOG2E, key_line),
-        position_lines(dlse, row_line, beyond=0.0),
+        *(rows_first(x, entries) for x in (q, al, y, dout)),
+        position_lines(bias * LOG2E, key_line), position_lines(dlse, row_line, beyond=0.0),
     )  # fmt: skip
-    return dq[:, :m], dal[:, :blocks], dcl[..., :blocks].swapaxes(1, 2), dy[:, :blocks]
+    dq, dal, dy = (
+        groups_first(dq[:, :m]),
+        groups_first(dal[:, :blocks]),
+        groups_first(dy[:, :blocks]),
+    )
+    return dq, dal, dcl[..., :blocks].swapaxes(1, 2), dy
 
 
 def middle_backward(
@@ -185,9 +197,12 @@ def middle_backward(
     dqt: Float[Array, "g M n d"],
     *,
     floor: float,
+    gain: float = 1.0,
+    entries: int = 1,
 ) -> tuple[Array, Array, Array]:
-    """`(dq, daL, dcL)` in the dtypes of q and aL; dcL in float32."""
+    """`(dq, daL, dcL)` in the dtypes of q and aL; dcL in float32; gain and entries as above."""
     (g, m, n, d), blocks = q.shape, al.shape[1]
+    heads, factor = g // entries, gain * LOG2E
     rows, keys = round_up(m, ROWS), round_up(blocks, ROWS)
     row_line, key_line = round_up(rows, LINE), round_up(keys, LINE)
     width = round_up(blocks, 4)
@@ -211,7 +226,7 @@ def middle_backward(
             for ref, to, length in (
                 (q_ref, q_tiles, rows), (al_ref, al_tiles, keys), (dqt_ref, dqt_tiles, keys),
             ):  # fmt: skip
-                fetch(ref, rows_of(group, position, 0, length), to.at(slot), barrier)
+                fetch(ref, rows_of(group, position, 0, length, heads), to.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
             plgpu.copy_gmem_to_smem(barred_ref.at[group, position], barred_lines.at[slot], barrier)
 
@@ -222,13 +237,13 @@ def middle_backward(
             def scores(start):
                 x = dot_transposed(q_here.rows(start, ROWS), al_here)
                 bias = load_per_column(bias_lines.at[slot, pl.ds(0, keys)])
-                return x * LOG2E + by_column(bias, x.shape)
+                return x * factor + by_column(bias, x.shape)
 
             def turned_weights(start):
                 x = dot_transposed(al_here.rows(start, ROWS), q_here)
                 here = load_per_row(bias_lines.at[slot, pl.ds(start, ROWS)])
                 lse = load_per_column(lse_line)
-                return jnp.exp2(x * LOG2E + by_row(here, x.shape) - by_column(lse, x.shape))
+                return jnp.exp2(x * factor + by_row(here, x.shape) - by_column(lse, x.shape))
 
             for start in range(0, rows, ROWS):
                 these = pl.ds(start, ROWS)
@@ -263,27 +278,27 @@ def middle_backward(
                 shift = (weights * dl).sum(axis=1)
                 df = weights * (dl - by_row(shift, dl.shape))
                 weights, df, shift = lax.optimization_barrier(
-                    (weights.astype(q.dtype), df.astype(q.dtype), shift)
+                    (weights.astype(q.dtype), (df * gain).astype(q.dtype), shift)
                 )
                 dq = add_dot(dot(weights, ds_here), df, [al_here])
                 shift_line[these] = shift
-                out.put(dq, dq_ref, rows_of(group, position, start, ROWS))
+                out.put(dq, dq_ref, rows_of(group, position, start, ROWS, heads))
 
             for start in range(0, keys, ROWS):
                 weights = turned_weights(start)
                 dl = dot_transposed(ds_here.rows(start, ROWS), q_here)
                 dl = dl + by_row(load_per_row(mass_line.at[pl.ds(start, ROWS)]), dl.shape)
                 df = weights * (dl - by_column(load_per_column(shift_line), dl.shape))
-                df, dcl = lax.optimization_barrier((df.astype(q.dtype), -df.sum(axis=1)))
+                df, dcl = lax.optimization_barrier(((df * gain).astype(q.dtype), -df.sum(axis=1)))
                 dal = dot(df, q_here)
                 there = min(ROWS, width - start)
                 to = dcl_ref.at[group, position, pl.ds(start, there)]
                 out.put(
-                    dal, dal_ref, rows_of(group, position, start, ROWS),
+                    dal, dal_ref, rows_of(group, position, start, ROWS, heads),
                     (dcl, dcl_lines, to),
                 )  # fmt: skip
 
-        walk(load, compute, loaded, g, n, way)
+        walk(load, compute, loaded, g, n, way, heads)
 
     dq, dal, dcl = launch(
         body,
@@ -292,8 +307,8 @@ def middle_backward(
         grid_names=("blocks",),
         threads=1,
         out_type=(
-            jax.ShapeDtypeStruct((g, stored(m), n, d), q.dtype),
-            jax.ShapeDtypeStruct((g, stored(blocks), n, d), al.dtype),
+            jax.ShapeDtypeStruct((entries, stored(m), n, heads, d), q.dtype),
+            jax.ShapeDtypeStruct((entries, stored(blocks), n, heads, d), al.dtype),
             jax.ShapeDtypeStruct((g, n, width), jnp.float32),
         ),
         scratch=(
@@ -311,8 +326,12 @@ def middle_backward(
         ),
         flops=2 * g * n * m * blocks * 6 * d,
         moved=2 * g * n * d * (2 * m + 3 * blocks),
-    )(q, al, dqt, position_lines(bias * LOG2E, key_line), barred)
-    return dq[:, :m], dal[:, :blocks], dcl[..., :blocks].swapaxes(1, 2)
+    )(
+        *(rows_first(x, entries) for x in (q, al, dqt)),
+        position_lines(bias * LOG2E, key_line), barred,
+    )  # fmt: skip
+    dq, dal = groups_first(dq[:, :m]), groups_first(dal[:, :blocks])
+    return dq, dal, dcl[..., :blocks].swapaxes(1, 2)
 
 
 class Results:

@@ -55,24 +55,26 @@ def wide(*trees):
     return jax.tree.map(lambda x: x.astype(jnp.float32), trees)
 
 
-# Groups, frames of q, frames of k, positions, head dim, value dim.
+# Groups, frames of q, frames of k, positions, head dim, value dim; dtype; entries of the batch.
 L_SIZES = [
-    ((1, 5, 5, 3, 64, 64), "float16"),
-    ((2, 21, 21, 5, 128, 64), "bfloat16"),
-    pytest.param((1, 70, 40, 3, 128, 128), "bfloat16", marks=pytest.mark.slow),
+    ((2, 5, 5, 3, 64, 64), "float16", 1),
+    ((2, 21, 21, 5, 128, 64), "bfloat16", 2),
+    pytest.param((1, 70, 40, 3, 128, 128), "bfloat16", 1, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("size", "dtype"), L_SIZES)
-def test_l_step(size, dtype):
+@pytest.mark.parametrize(("size", "dtype", "entries"), L_SIZES)
+def test_l_step(size, dtype, entries):
     q, al, y, cl = l_inputs(size, dtype)
-    out, lse = l_step.last(q, al, cl, y, block_sizes=SIZES)
-    qt = l_step.middle(q, al, cl, floor=0.1, block_sizes=SIZES)
+    settings = {"gain": 1.5, "entries": entries, "block_sizes": SIZES}
+    out, lse = l_step.last(q, al, cl, y, **settings)
+    qt = l_step.middle(q, al, cl, floor=0.1, **settings)
     assert (out.dtype, lse.dtype, qt.dtype) == (dtype, jnp.float32, dtype)
-    expected, expected_lse = l_reference.last(*wide(q, al, cl, y))
+    q, al, cl, y = wide(q, al, cl, y)
+    expected, expected_lse = l_reference.last(q, 1.5 * al, cl, y)
     assert_close(out, expected, tolerance_of(dtype), "forward", "out")
     assert_close(lse, expected_lse, tolerance_of(dtype), "lse", "lse")
-    expected = l_reference.middle(*wide(q, al, cl), floor=0.1)
+    expected = l_reference.middle(q, 1.5 * al, cl, floor=0.1)
     assert_close(qt, expected, tolerance_of(dtype), "forward", "qt")
 
 
@@ -94,26 +96,27 @@ def test_l_step_with_masks():
 
 @pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_of_the_l_step(masked):
-    size = (1, 5, 7, 2, 64, 128)
+    size, gain = (2, 5, 7, 2, 64, 128), 0.75
     q, al, y, cl = l_inputs(size, "bfloat16")
     cl = cl - 2  # some key blocks below the floor, some above
     masks = {}
     if masked:
-        masks["key_blocks"] = jnp.ones((1, 7), bool).at[0, 2:4].set(False)
-    queries = jnp.asarray(np.random.default_rng(2).random((1, 5, 2)) < 0.6) if masked else None
-    of_last = arrays([(1, 5, 2, 128)], "bfloat16", 3)[0], arrays([(1, 5, 2)], "float32", 4)[0]
-    of_middle = arrays([(1, 7, 2, 64)], "bfloat16", 5)[0]
+        masks["key_blocks"] = jnp.ones((2, 7), bool).at[0, 2:4].set(False)
+    queries = jnp.asarray(np.random.default_rng(2).random((2, 5, 2)) < 0.6) if masked else None
+    of_last = arrays([(2, 5, 2, 128)], "bfloat16", 3)[0], arrays([(2, 5, 2)], "float32", 4)[0]
+    of_middle = arrays([(2, 7, 2, 64)], "bfloat16", 5)[0]
 
-    def both(steps, **more):
-        def last(*arrays):
-            return steps.last(*arrays, **masks, **more)
+    def both(steps, times=1.0, **more):
+        def last(q, al, cl, y):
+            return steps.last(q, times * al, cl, y, **masks, **more)
 
-        def middle(*arrays):
-            return steps.middle(*arrays, floor=0.5, queries=queries, **masks, **more)
+        def middle(q, al, cl):
+            return steps.middle(q, times * al, cl, floor=0.5, queries=queries, **masks, **more)
 
         return (last, (q, al, cl, y), of_last), (middle, (q, al, cl), of_middle)
 
-    for found, wanted in zip(both(l_step, block_sizes=SIZES), both(l_reference), strict=True):
+    ours = both(l_step, gain=gain, entries=1 + masked, block_sizes=SIZES)
+    for found, wanted in zip(ours, both(l_reference, gain), strict=True):
         function, inputs, cotangents = found
         gradients = jax.vjp(function, *inputs)[1](cotangents)
         for x, expected in zip(gradients, oracle_gradient(*wanted), strict=True):
@@ -215,8 +218,8 @@ def test_gradients_of_a_known_r_step(by, entropy_gradient):
 
 
 def test_the_whole_method():
-    query, key, value = arrays([(1, 18, 1, 64)] * 3, "bfloat16")
-    settings = {"grid": (3, 2, 3), "return_lse": True}
+    query, key, value = arrays([(2, 6, 2, 64)] * 3, "bfloat16")
+    settings = {"grid": (3, 1, 2), "return_lse": True}
     out, lse = vm.vmonarch_attention(query, key, value, implementation="pallas_gpu", **settings)
     wanted = vm.vmonarch_attention(*wide(query, key, value), implementation="reference", **settings)
     assert_close(out, wanted[0], "bfloat16", "forward", "out")
