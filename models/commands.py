@@ -22,11 +22,12 @@ from .export import export_params, load_model, load_params
 from .flow import FlowConfig
 from .pictures import save_gif, save_strip
 from .pipeline import MotionVideos, batches
-from .salad import add_branches, drop_branches, mean_gates
+from .salad import add_branches, check_share, drop_branches, mean_gates
 from .sampler import SOLVERS, sample
 from .step import OPTIMIZERS, TrainConfig
 from .train import train
 from .wan.finetune.command import add_wan_options, check_no_wan_options, run_wan
+from .wan.finetune.drop import add_wan_drop_options, check_no_wan_drop_options, run_wan_drop
 from .wan.generate.command import add_generate
 
 # Of tuning a small model.
@@ -112,25 +113,41 @@ def add_drop_branches(commands) -> None:
     parser = commands.add_parser(
         "drop-branches", help="take the linear branches of the smallest gates out of a model"
     )
-    folder = {"type": pathlib.Path, "metavar": "DIR", "required": True}
-    parser.add_argument("--from", dest="source", **folder, help="exported model with branches")
-    parser.add_argument("--out", **folder, help="folder of the model without them")
+    way = parser.add_mutually_exclusive_group(required=True)
+    folder = {"type": pathlib.Path, "metavar": "DIR"}
+    way.add_argument("--from", dest="source", **folder, help="exported model with branches")
+    way.add_argument("--weights", **folder, help="weights of a Wan model; see below")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, metavar="PATH", help="the model without them"
+    )
     parser.add_argument("--share", type=float, default=0.2, metavar="S", help="default 0.2")
     parser.add_argument("--batches", type=int, default=10, metavar="N", help="default 10")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="default 4")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default 4")
     parser.add_argument(
-        "--seed", type=int, default=_HELD_OUT, help=f"of the videos; default {_HELD_OUT}"
-    )
+        "--seed", type=int, default=_HELD_OUT,
+        help=f"of the videos, or of times and noise alone; default {_HELD_OUT}",
+    )  # fmt: skip
     options.add_fields(parser, FlowConfig)
     options.add_attention(parser, "salad")
+    add_wan_drop_options(parser)
+    # `None`: not given, because the two ways have defaults of their own
+    parser.set_defaults(**{field.name: None for field in dataclasses.fields(FlowConfig)})
     parser.set_defaults(run=_run_drop_branches)
 
 
 def _run_drop_branches(args: argparse.Namespace) -> None:
+    check_share(args.share)  # before anything is measured
+    if args.batches < 1:
+        raise ValueError(f"expected --batches >= 1, got {args.batches}")
+    if args.weights is not None:
+        run_wan_drop(args)
+        return
+    check_no_wan_drop_options(args)
     attention = options.attention_of(args)
     model = load_model(args.source, attention=attention)
     source = MotionVideos(args.seed, frames=model.config.frames, size=model.config.height)
-    some = itertools.islice(batches(source, batch_size=args.batch_size), args.batches)
+    size = 4 if args.batch_size is None else args.batch_size
+    some = itertools.islice(batches(source, batch_size=size), args.batches)
     flow = FlowConfig(**options.take_fields(args, FlowConfig))
     gates = mean_gates(model, some, flow=flow, seed=args.seed)
     model_config, params = drop_branches(*load_params(args.source), gates, args.share)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Key
 
 from vmonarch_jax.nn import SaladAttention
 
@@ -19,6 +20,8 @@ from .dit import VideoDiT
 from .flow import FlowConfig, flow_loss
 from .lora import init_adapters, merge_adapters
 from .params import Params, split_params
+
+Batch = TypeVar("Batch")
 
 #: Parameters of a linear branch, by the end of their names.
 _BRANCH = (".attention.linear_out.kernel", ".attention.gate.kernel", ".attention.gate.bias")
@@ -93,8 +96,6 @@ def mean_gates(
       ValueError: the model has no linear branch, or there is no batch.
     """
     layers = model.config.linear_layers
-    if not layers:
-        raise ValueError("expected a model with linear branches, got linear_layers ()")
     rebuild, params = split_params(model)
 
     @jax.jit
@@ -116,14 +117,63 @@ def mean_gates(
         )
         return jnp.stack([gate.mean() for gate in seen])
 
+    return average_gates(layers, lambda batch, key: gates(params, dict(batch), key), batches, seed)
+
+
+def average_gates(
+    layers: tuple[int, ...],
+    gates: Callable[[Batch, Key[Array, ""]], Array],
+    batches: Iterable[Batch],
+    seed: int,
+) -> dict[int, float]:
+    """Returns the mean gate of each layer's linear branch over batches, of any model.
+
+    Args:
+      layers: of the model that have a branch.
+      gates: the mean gate of each of them in one batch; the key draws times and noise.
+      batches: of what the model is trained on.
+      seed: of the keys.
+
+    Raises:
+      ValueError: no layer has a branch, or there is no batch.
+    """
+    if not layers:
+        raise ValueError("expected a model with linear branches, got linear_layers ()")
     key = jax.random.key(seed)
     found = [
-        np.asarray(gates(params, dict(batch), jax.random.fold_in(key, number)))
+        np.asarray(gates(batch, jax.random.fold_in(key, number)))
         for number, batch in enumerate(batches)
     ]
     if not found:
         raise ValueError("expected at least one batch of videos, got none")
     return dict(zip(layers, np.mean(found, axis=0).tolist(), strict=True))
+
+
+def check_share(share: float) -> None:
+    """Raises `ValueError` for a share of the branches that is not in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"expected share in [0, 1], got {share}")
+
+
+def kept_layers(
+    layers: tuple[int, ...], gates: Mapping[int, float], share: float
+) -> tuple[int, ...]:
+    """Returns the layers that keep their linear branch when those of the smallest gates go.
+
+    Args:
+      layers: that have one.
+      gates: the mean gate of each.
+      share: of the branches that go, rounded to whole ones.
+
+    Raises:
+      ValueError: the share is not in [0, 1], or the gates are not those of the layers.
+    """
+    check_share(share)
+    if set(gates) != set(layers):
+        raise ValueError(f"expected gates of the layers {layers}, got {tuple(sorted(gates))}")
+    rising = sorted(gates, key=lambda layer: gates[layer])
+    idle = rising[: math.floor(share * len(rising) + 0.5)]
+    return tuple(layer for layer in layers if layer not in idle)
 
 
 def drop_branches(
@@ -142,15 +192,8 @@ def drop_branches(
 
     Reference: SALAD (arXiv 2601.16515).
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"expected share in [0, 1], got {share}")
-    if set(gates) != set(config.linear_layers):
-        raise ValueError(
-            f"expected gates of the layers {config.linear_layers}, got {tuple(sorted(gates))}"
-        )
-    idle = sorted(gates, key=lambda layer: gates[layer])
-    idle = set(idle[: math.floor(share * len(idle) + 0.5)])
-    kept = tuple(layer for layer in config.linear_layers if layer not in idle)
+    kept = kept_layers(config.linear_layers, gates, share)
+    idle = set(config.linear_layers).difference(kept)
     gone = tuple(f"blocks.{layer}{end}" for layer in idle for end in _BRANCH)
     config = dataclasses.replace(config, linear_layers=kept)
     return config, {name: value for name, value in params.items() if name not in gone}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 import vmonarch_jax as vm
 
 from ..params import Params
+from ..salad import kept_layers
 from .config import TransformerConfig
 from .embeddings import rotate
 from .keys_transformer import transformer_entries
@@ -133,3 +134,29 @@ def add_linear_branches(
         kind = jnp.float32 if ".gate." in entry.name else dtype
         branches[entry.name] = jnp.zeros(entry.full_shape, kind, device=places.get(entry.name))
     return config, params | branches
+
+
+def drop_linear_branches(
+    config: TransformerConfig, params: Params, gates: Mapping[int, float], share: float = 0.2
+) -> tuple[TransformerConfig, Params]:
+    """Returns a transformer without the linear branches of the smallest gates.
+
+    They are no longer computed. Their parameters stay in the stack of all layers, where nothing
+    reads them, as long as another layer has a branch.
+
+    Args:
+      config: of the transformer.
+      params: its parameters.
+      gates: the mean gate of each branch (`finetune.gates.mean_gates`).
+      share: of the branches that go, rounded to whole ones; the paper drops about a fifth.
+
+    Raises:
+      ValueError: the share is not in [0, 1], or the gates are not those of the branches.
+
+    Reference: SALAD (arXiv 2601.16515).
+    """
+    left = kept_layers(config.linear_layers, gates, share)
+    config = dataclasses.replace(config, linear_layers=left)
+    if left:
+        return config, params
+    return config, {name: value for name, value in params.items() if not name.startswith(BRANCH)}

@@ -63,17 +63,24 @@ class Block(nnx.Module):
         `branch` says whether this layer has the linear branch of the stack; `None`: it has.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(shared, self.modulation, x.shape[1])
-        h = (layer_norm(x, self.eps) * (1 + scale1) + shift1).astype(x.dtype)
+        h = _modulated(x, shift1, scale1, self.eps)
         h, memory = self.attn(h, rope, attend, place, branch)
         x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate1).astype(x.dtype)
         x = place.constrain(x, "batch", "seq", None)
         x = x + self.cross(self.cross_norm(x).astype(x.dtype), text, image, place)
         x = place.constrain(x, "batch", "seq", None)
-        h = (layer_norm(x, self.eps) * (1 + scale2) + shift2).astype(x.dtype)
+        h = _modulated(x, shift2, scale2, self.eps)
         h = jax.nn.gelu(self.mlp_in(h), approximate=True)
         h = self.mlp_out(place.constrain(h, "batch", "seq", "mlp"))
         x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate2).astype(x.dtype)
         return place.constrain(x, "batch", "seq", None), memory
+
+    def branch_gate(
+        self, x: Float[Array, "batch seq dim"], shared: Float[Array, "batch times 6 dim"]
+    ) -> Float[Array, " batch"]:
+        """The gate of the linear branch for this input of the block."""
+        shift, scale, *_ = _parts(shared, self.modulation, x.shape[1])
+        return self.attn.linear.gate(_modulated(x, shift, scale, self.eps))[:, 0]
 
 
 class WanTransformer(nnx.Module):
@@ -161,37 +168,65 @@ class WanTransformer(nnx.Module):
         Raises:
           ValueError: a shape does not fit the configuration or the other arguments.
         """
-        config, methods = self.config, self.methods(attention)
-        place = OneDevice() if sharding is None else sharding
-        grid = self._check(latents, time, text, image)
-        whole = place.gather(self, transformer_entries(config))
         if memory is not None and step is None:
             raise ValueError("expected the number of the step with a memory, got none")
-        velocity, after = whole._run(
-            latents, time, text, image, methods, memory or EMPTY, step, grid, place
+        velocity, after, _ = self._run(
+            latents, time, text, image, attention, memory or EMPTY, step, sharding
         )
         return velocity if memory is None else (velocity, after)
 
-    def _run(self, latents, time, text, image, methods, memory, step, grid, place: Placement):
+    def gates(
+        self,
+        latents: Float[Array, "batch frames height width channels"],
+        time: Float[Array, " batch"] | Float[Array, "batch times"],
+        text: Float[Array, "batch length text_dim"],
+        image: Float[Array, "batch n image_dim"] | None = None,
+        *,
+        attention: Methods | None = None,
+        sharding: Placement | None = None,
+    ) -> Float[Array, "batch branches"]:
+        """The gate of each linear branch, in the order of `config.linear_layers`, in float32.
+
+        Args:
+          latents, time, text, image, attention, sharding: as `__call__` takes them.
+
+        Raises:
+          ValueError: no layer has a branch, or what `__call__` raises.
+        """
+        if not self.config.linear_layers:
+            raise ValueError("expected a model with linear branches, got linear_layers ()")
+        found = self._run(
+            latents, time, text, image, attention, EMPTY, None, sharding, measured=True
+        )
+        return found[2][np.array(self.config.linear_layers)].T
+
+    def _run(
+        self, latents, time, text, image, attention, memory, step, sharding, measured=False
+    ):  # fmt: skip
+        """The velocity, the memory, and where it is `measured` the gate of each layer's branch."""
+        methods = self.methods(attention)
+        place = OneDevice() if sharding is None else sharding
+        grid = self._check(latents, time, text, image)
         config, dtype = self.config, self.config.compute_dtype
-        state, shared = self.time(time.reshape(len(time), -1))
+        whole = place.gather(self, transformer_entries(config))
+        state, shared = whole.time(time.reshape(len(time), -1))
         times = "seq" if state.shape[1] == grid.tokens else None
         state = place.constrain(state, "batch", times, None)
         shared = place.constrain(shared, "batch", times, None, None)
         text = jnp.pad(text, ((0, 0), (0, config.text_length - text.shape[1]), (0, 0)))
-        text = place.constrain(self.text(text.astype(dtype)), "batch", "text", None)
+        text = place.constrain(whole.text(text.astype(dtype)), "batch", "text", None)
         if image is not None:
-            image = place.constrain(self.image(image.astype(dtype)), "batch", "text", None)
+            image = place.constrain(whole.image(image.astype(dtype)), "batch", "text", None)
         rope = rope_tables(grid, config.head_dim, config.rope_theta)
         rope = tuple(place.constrain(table, "seq", None) for table in rope)
-        x = place.constrain(self.patch(latents.astype(dtype)), "batch", "seq", None)
+        x = place.constrain(whole.patch(latents.astype(dtype)), "batch", "seq", None)
         attending = methods, memory, step, grid
-        x, memory = self._scan(x, shared, text, image, rope, attending, place)
-        shift, scale = _parts(state[:, :, None], self.modulation, grid.tokens)
-        x = (layer_norm(x, config.eps) * (1 + scale) + shift).astype(dtype)
+        x, memory, gates = whole._scan(x, shared, text, image, rope, attending, place, measured)
+        shift, scale = _parts(state[:, :, None], whole.modulation, grid.tokens)
+        x = _modulated(x, shift, scale, config.eps)
         # A video's tokens come together before they are put back into frames.
-        x = place.constrain(self.out(x).astype(jnp.float32), "batch", None, None)
-        return unpatchify(x, config.patch, grid), place.constrain_states(memory)
+        x = place.constrain(whole.out(x).astype(jnp.float32), "batch", None, None)
+        return unpatchify(x, config.patch, grid), place.constrain_states(memory), gates
 
     def methods(self, attention: Methods | None = None) -> tuple[vm.Attention, ...]:
         """The attention method of each layer, given what a call overrides.
@@ -209,7 +244,7 @@ class WanTransformer(nnx.Module):
             )
         return tuple(attention)
 
-    def _scan(self, x, shared, text, image, rope, attending, place: Placement):
+    def _scan(self, x, shared, text, image, rope, attending, place: Placement, measured):
         methods, memory, step, grid = attending
         graph, stacked = nnx.split(self.blocks)
         entries = transformer_entries(self.config)
@@ -224,7 +259,8 @@ class WanTransformer(nnx.Module):
                 return jax.lax.switch(kind, calls, own, q, k, v)
 
             block = place.gather(nnx.merge(graph, params), entries, "blocks.")
-            return block(x, shared, text, image, rope, attend, place, branch)
+            gate = block.branch_gate(x, shared) if measured else None
+            return *block(x, shared, text, image, rope, attend, place, branch), gate
 
         layer = _remat(layer, self.config.remat)
 
@@ -233,15 +269,16 @@ class WanTransformer(nnx.Module):
             # there twice
             x, memory = carry
             params, kind, index, branch = of
-            x, own = layer(x, memory.layer(index), params, kind, branch)
-            return (x, memory.with_layer(index, own)), None
+            x, own, gate = layer(x, memory.layer(index), params, kind, branch)
+            return (x, memory.with_layer(index, own)), gate
 
         numbers = np.arange(len(methods), dtype=np.int32)
         linear = self.config.linear_layers
         # Only where layers differ is there anything to choose as the program runs.
         branches = np.isin(numbers, linear) if 0 < len(linear) < len(numbers) else None
         layers = stacked, kind_of_layer, numbers, branches
-        return jax.lax.scan(body, (x, memory), layers)[0]
+        (x, memory), gates = jax.lax.scan(body, (x, memory), layers)
+        return x, memory, gates
 
     def _check(self, latents, time, text, image) -> vm.VideoGrid:
         config = self.config
@@ -297,6 +334,16 @@ def _parts(
     """Each part of `shared + own` in float32, by token where times differ."""
     both = shared + own[...].astype(jnp.float32)
     return [_by_token(part, seq) for part in jnp.moveaxis(both, 2, 0)]
+
+
+def _modulated(
+    x: Float[Array, "batch seq dim"],
+    shift: Float[Array, "batch #seq dim"],
+    scale: Float[Array, "batch #seq dim"],
+    eps: float,
+) -> Float[Array, "batch seq dim"]:
+    """What an attention or an MLP reads, in the dtype of `x`."""
+    return (layer_norm(x, eps) * (1 + scale) + shift).astype(x.dtype)
 
 
 def _by_token(x: Float[Array, "batch times dim"], seq: int) -> Float[Array, "batch #seq dim"]:

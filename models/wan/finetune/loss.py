@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -17,8 +19,25 @@ def times_of(config: WanConfig, part: str) -> tuple[float, float]:
     return (config.boundary, 1.0) if part == "transformer" else (0.0, config.boundary)
 
 
-def velocity_loss(
-    velocity,
+class Noised(NamedTuple):
+    """What the model is shown, and what it should say.
+
+    Attributes:
+      x: noised latents, with mask and image behind their channels where the model has them.
+      time: 0 to 1000, of each sample or of each of its frames.
+      text: text states.
+      target: the velocity.
+      judged: 0 for frames that are given, 1 for all others.
+    """
+
+    x: Float[Array, "batch t h w inputs"]
+    time: Float[Array, " batch"] | Float[Array, "batch t"]
+    text: Float[Array, "batch length text_dim"]
+    target: Float[Array, "batch t h w channels"]
+    judged: Float[Array, "batch t"]
+
+
+def noised(
     batch: dict[str, Array],
     empty: Float[Array, "length text_dim"],
     key: Key[Array, ""],
@@ -26,13 +45,12 @@ def velocity_loss(
     flow: FlowConfig,
     span: tuple[float, float] = (0.0, 1.0),
     first_frame_share: float = 0.0,
-) -> Float[Array, ""]:
-    """The mean squared error of the velocity, in float32.
+) -> Noised:
+    """Videos at random times.
 
-    Formula: `|v((1 - t) x + t noise, 1000 t, text) - (noise - x)|^2`, t shifted logit-normal.
+    Formula: `(1 - t) x + t noise`, whose velocity is `noise - x`, t shifted logit-normal.
 
     Args:
-      velocity: the model, called as `velocity(latents, time, text, image)`.
       batch: as `CachedClips` gives it, with the batch in front.
       empty: text states of a sample that loses its caption.
       key: draws times, noise, and which samples lose their caption or are given a frame.
@@ -56,5 +74,29 @@ def velocity_loss(
         time, judged = jnp.where(fixed, 0.0, time[:, None]), 1.0 - fixed
     if "beside" in batch:
         x = jnp.concatenate([x, batch["beside"]], axis=-1)
+    return Noised(x, time, text, target, judged)
+
+
+def velocity_loss(
+    velocity,
+    batch: dict[str, Array],
+    empty: Float[Array, "length text_dim"],
+    key: Key[Array, ""],
+    *,
+    flow: FlowConfig,
+    span: tuple[float, float] = (0.0, 1.0),
+    first_frame_share: float = 0.0,
+) -> Float[Array, ""]:
+    """The mean squared error of the velocity, in float32.
+
+    Formula: `|v((1 - t) x + t noise, 1000 t, text) - (noise - x)|^2`, t shifted logit-normal.
+
+    Args:
+      velocity: the model, called as `velocity(latents, time, text, image)`.
+      batch, empty, key, flow, span, first_frame_share: as `noised` takes them.
+    """
+    x, time, text, target, judged = noised(
+        batch, empty, key, flow=flow, span=span, first_frame_share=first_frame_share
+    )
     error = jnp.square(velocity(x, time, text, batch.get("image")) - target).mean((2, 3, 4))
     return jnp.sum(error * judged) / jnp.maximum(judged.sum(), 1)

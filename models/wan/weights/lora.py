@@ -94,6 +94,28 @@ def linear_layers_of(file: str | pathlib.Path) -> tuple[int, ...]:
     return tuple(sorted({int(match[1]) for match in found if match}))
 
 
+def without_branches(
+    file: str | pathlib.Path, out: str | pathlib.Path, layers: Iterable[int]
+) -> None:
+    """Writes a LoRA file again without the linear branches of some layers; one tensor at a time.
+
+    A model that gets the new file has no branches there, if no other file has any.
+
+    Args:
+      file: a safetensors file.
+      out: the new one; it appears when it is complete.
+      layers: whose branches are left out.
+    """
+    file, gone = pathlib.Path(file), set(layers)
+    stored = Stored([file])
+    kept = {}
+    for key, tensor in stored.items():
+        match = _BRANCH_KEY.search(key)
+        if match is None or int(match[1]) not in gone:
+            kept[key] = tensor.shape, np.dtype(tensor.dtype)
+    write_safetensors(pathlib.Path(out), kept, lambda key: stored[key].read(), read_metadata(file))
+
+
 def check_lora(file: str | pathlib.Path, entries: Iterable[Entry]) -> None:
     """Raises the `ValueError` that `merge_lora` would; reads the file's header only."""
     _differences(pathlib.Path(file), tuple(entries))
