@@ -135,9 +135,8 @@ def l_step(
 
     # The interpreter, unlike the copy engine, cannot leave out rows.
     stored = m if mode.interpreting() is None else rows
-    lines = jnp.pad(
-        bias.swapaxes(1, 2), ((0, 0), (0, 0), (0, line - blocks)), constant_values=MASKED
-    )
+    beyond = ((0, 0), (0, line - blocks), (0, 0))
+    lines = jnp.pad(bias, beyond, constant_values=MASKED).swapaxes(1, 2)
     out, lse = launch(
         body,
         name=NAME,
