@@ -76,13 +76,16 @@ def _pallas_gpu() -> Backend:
     if reason := mode.unavailable():
         raise NotImplementedError(reason)
     from vmonarch_jax.pallas_kernels.attend import gpu as attend
+    from vmonarch_jax.pallas_kernels.block_sparse import gpu as block_sparse
     from vmonarch_jax.pallas_kernels.l_step import gpu as l_step
     from vmonarch_jax.pallas_kernels.r_step import gpu as r_step
     from vmonarch_jax.pallas_kernels.tiled import gpu as tiled
 
     return Backend(
         "pallas_gpu", attend.attend, r_step.r_step, l_step.middle, l_step.last,
-        tiled=tiled.tiled, keeps=True, informed=True,
+        tiled=tiled.tiled, block_sparse=block_sparse.block_sparse,
+        block_mass=block_sparse.block_mass, attend_mass=block_sparse.attend_mass,
+        keeps=True, informed=True,
     )  # fmt: skip
 
 
