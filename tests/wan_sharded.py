@@ -227,6 +227,10 @@ def linear():
         return jnp.square(out - data[0]).mean(), out
 
     step = jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    gates = jit(
+        lambda params, sharding, *data: rebuild(params).gates(*data, sharding=sharding),
+        static_argnums=1,
+    )
     want = step(params, None, *data)
     found = {}
     for sizes in MESHES[:1]:
@@ -240,6 +244,7 @@ def linear():
         states = max(heads * config.head_dim**2, samples * config.dim)
         found[str(sizes)] = {
             "difference": difference(compiled(placed, *given), want),
+            "gates": difference(gates(placed, sharding, *given), gates(params, None, *data)),
             "moved": all(float(jnp.abs(want[1][name][0]).max()) > 1e-6 for name in new),
             "unannounced": [
                 f"{c.kind} along {c.axes}: {c.source}"

@@ -77,6 +77,7 @@ def test_linear_branches_sum_over_all_tokens():
     assert len(found) == 1
     for mesh, got in found.items():
         assert got["difference"] < 1e-5, mesh
+        assert got["gates"] < 1e-5, mesh
         assert got["moved"], f"{mesh}: there are gradients to compare"
         assert got["unannounced"] == [], mesh
 
