@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from vmonarch_jax.units import bytes_text
+
 from . import timing
 from .cases import LIBRARY, all_gradients, cases, parser, shape3, table
 
@@ -25,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     like = jax.ShapeDtypeStruct((1, args.grid.tokens, args.heads, args.head_dim), args.dtype)
     size = like.size * like.dtype.itemsize
     print(f"grid {'x'.join(map(str, args.grid.shape))} = {args.grid.tokens:,} tokens, ", end="")
-    print(f"{args.heads} heads of {args.head_dim}, {args.dtype}; q is {size / 2**20:.2f} MiB\n")
+    print(f"{args.heads} heads of {args.head_dim}, {args.dtype}; q is {bytes_text(size)}\n")
     print(timing.place() + "\n")
     rows = []
     for case in cases(args.grid):

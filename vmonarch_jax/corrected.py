@@ -13,6 +13,7 @@ from .dispatch import Implementation
 from .grid import Shape3, VideoGrid
 from .memory import Step
 from .methods import Dense, VMonarch
+from .units import bytes_text
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float8": jnp.float8_e4m3fn}
 
@@ -196,7 +197,7 @@ class Corrected:
         held = sum(x.size * x.dtype.itemsize for x in own)
         said = [
             f"dense attention on top at a refresh: {when}",
-            f"residual in {own[0].dtype}: {held / 2**20:.1f} MiB a layer",
+            f"residual in {own[0].dtype}: {bytes_text(held)} a layer",
             "no log-sum-exp, no certificate",
         ]
         if hasattr(self.method, "notes"):

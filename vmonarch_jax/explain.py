@@ -13,6 +13,7 @@ from . import checks, flops, memory
 from .dispatch import Implementation, attempts, dispatch
 from .grid import VideoGrid, positive_int
 from .methods import Dense, VMonarch
+from .units import bytes_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Kernel:
     vmem: int | None
 
     def __str__(self) -> str:
-        words = [f"{self.flops:.3g} FLOPs", f"{self.bytes / 2**20:.1f} MiB moved"]
+        words = [f"{self.flops:.3g} FLOPs", f"{bytes_text(self.bytes)} moved"]
         if self.cycles is not None:
             words.append(f"{self.cycles:,} cycles")
         if self.vmem is not None:
-            words.append(f"{self.vmem / 2**20:.1f} MiB of VMEM")
+            words.append(f"{bytes_text(self.vmem)} of VMEM")
         words += [f"{name} {size}" for name, size in self.blocks]
         return f"{self.name}: " + ", ".join(words)
 
@@ -89,23 +90,27 @@ class Explanation:
             lines.append(
                 f"structure       {tiles} tile(s) of {blocks} blocks of {positions} tokens"
             )
-        ratio = self.dense_flops / self.flops
         lines += [
             f"runs on         {self.implementation!r} ({jax.default_backend()})",
             *(f"  passed over   {name!r}: {reason}" for name, reason in self.passed_over),
-            (
-                f"matmul FLOPs    {self.flops:.4g} forward, {ratio:.2f}x fewer than dense "
-                f"({self.dense_flops:.4g})"
-            ),
-            f"q, k, v, out    {self.qkvo_bytes / 2**20:.1f} MiB",
+            f"matmul FLOPs    {self.flops:.4g} forward, {self._against_dense()}",
+            f"q, k, v, out    {bytes_text(self.qkvo_bytes)}",
         ]
         if self.score_bytes is not None:
-            lines.append(f"scores at once  {self.score_bytes / 2**20:.1f} MiB at most")
+            lines.append(f"scores at once  {bytes_text(self.score_bytes)} at most")
         if self.kernels:
             lines.append(f"kernels         for one head, on {self.chip}:")
             lines += [f"  {kernel}" for kernel in self.kernels]
         lines += [f"note            {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _against_dense(self) -> str:
+        count, dense = self.flops, self.dense_flops
+        if count == dense:
+            return "those of dense attention"
+        if count < dense:
+            return f"{dense / count:.2f}x fewer than dense ({dense:.4g})"
+        return f"{count / dense:.2f}x those of dense ({dense:.4g})"
 
 
 def explain(
@@ -171,7 +176,8 @@ def explain(
         sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype": dtype}
         state = jax.eval_shape(lambda: memory.init_state(method, grid, **sizes))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        notes.append(f"remembers {held / 2**20:.1f} MiB a layer between denoising steps")
+        if held:
+            notes.append(f"remembers {bytes_text(held)} a layer between denoising steps")
     if count >= dense and not isinstance(method, Dense):
         notes.append("no fewer FLOPs than dense attention: use vm.Dense() here")
     score_bytes, chip, kernels = None, None, ()

@@ -159,7 +159,7 @@ def test_dry_run_reads_no_weights(folder, tmp_path, monkeypatch, capsys):
         assert wanted in said
     assert "remembers" not in said
     assert call(folder, out, "--dry-run", "--attention", "corrected") == 0
-    assert "attention remembers: 0.01 MiB" in capsys.readouterr().out
+    assert "attention remembers: 6.8 KiB" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

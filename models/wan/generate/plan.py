@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 
 import vmonarch_jax as vm
+from vmonarch_jax.units import bytes_text
 
 from ...attention_schedule import Attention, flops_of_steps, runs_of
 from ..config import WanConfig
@@ -15,8 +16,6 @@ from ..memory import let_go, state_bytes
 from ..request import Request
 from ..weights.detect import Found
 from ..weights.parts import PARTS, matches, part_entries
-
-_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +55,22 @@ class Plan:
         ]
         for part, (count, size) in self.files.items():
             lines.append(
-                f"load {part}: {count} file{'s' * (count > 1)}, {_size(size)}; "
-                f"{_size(self.weights[part])} of weights"
+                f"load {part}: {count} file{'s' * (count > 1)}, {bytes_text(size)}; "
+                f"{bytes_text(self.weights[part])} of weights"
             )
         for first, end, names in self.attention:
             lines.append(f"steps {first + 1} to {end}: {names}")
         for phase, (weights, rest) in self.memory.items():
             lines.append(
-                f"memory of {phase}: {_size(weights + rest)} "
-                f"({_size(weights)} of weights, about {_size(rest)} more)"
+                f"memory of {phase}: {bytes_text(weights + rest)} "
+                f"({bytes_text(weights)} of weights, about {bytes_text(rest)} more)"
             )
         total, dense = self.flops
         if self.states:
-            lines.append(f"attention remembers: {_size(self.states)}, kept on disk for --resume")
-        lines.append(f"peak memory: about {_size(self.peak)}")
+            lines.append(
+                f"attention remembers: {bytes_text(self.states)}, kept on disk for --resume"
+            )
+        lines.append(f"peak memory: about {bytes_text(self.peak)}")
         lines.append(
             f"denoising: {total / 1e15:.3g} PFLOPs in matmuls ({dense / total:.2f} times fewer "
             "than under dense attention)"
@@ -205,7 +206,3 @@ def _vae_bytes(config: WanConfig, request: Request, decode: bool) -> int:
     # the two frames that each of its convolutions remembers, as compiled; and the video itself
     level = 4 * pixels * 2 * channels * (3 * time + 2 * 2 * (vae.blocks + 1))
     return level + 4 * 3 * width * height * request.frames
-
-
-def _size(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.2f} MiB"
