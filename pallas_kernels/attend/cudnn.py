@@ -148,12 +148,13 @@ def shifted(out: Array, dout: Array, dlse: Array) -> tuple[Array, Array]:
     square = jnp.square(rows).sum(-1, keepdims=True)
     length = SHORT_FLOAT16 if dout.dtype == jnp.float16 else SHORT
     stand_in = jnp.abs(wide) * (length * out.shape[-1] ** -0.5)
-    # Where nothing flows into the log-sum-exp the compiler sees that all this is nothing.
     short = (wide != 0) & (square < jnp.square(stand_in) * out.shape[-1])
     rows = jnp.where(short, stand_in, rows)
     square = jnp.where(short, jnp.square(stand_in) * out.shape[-1], square)
-    shift = jnp.where(wide == 0, 0, wide / jnp.where(square > 0, square, 1)) * rows
-    return (out.astype(wide.dtype) - shift).astype(out.dtype), rows.astype(dout.dtype)
+    shift = wide / jnp.where(square > 0, square, 1) * rows
+    less = (out.astype(wide.dtype) - shift).astype(out.dtype)
+    # Where nothing flows into the log-sum-exp at all the compiler sees that this is `out` itself.
+    return jnp.where(wide == 0, out, less), rows.astype(dout.dtype)
 
 
 def added(terms: list[Array]) -> Array:
