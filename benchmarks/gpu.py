@@ -72,6 +72,10 @@ def checks(small: bool) -> Iterator[Check]:
         "VMonarch, blocks of two frames", vm.VMonarch(block=(2, *frame)), (6, *frame), dim=dim
     )
     yield Check("VMonarch, no exact frame", vm.VMonarch(recompute_frames=0), (21, 7, 9), dim=dim)
+    # Blocks of 80 have half panels; few bytes make several chunks of positions.
+    chunks = functools.partial(vm.TiledMonarch(), block_sizes=vm.BlockSizes(copy_bytes=2**24))
+    rows = (3, 4, 6) if small else (3, 45, 80)
+    yield Check("tiled Monarch, in chunks", chunks, rows, dim=dim)
     yield Check("VMonarch, large scores", vm.VMonarch(), (5, *frame), dim=dim, spread=3.0)
     if not small:
         yield Check("VMonarch, heads of 64", vm.VMonarch(), (5, *frame), dim=64)
