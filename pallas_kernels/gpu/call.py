@@ -338,13 +338,6 @@ def column_numbers(shape: tuple[int, ...]) -> Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
 
 
-def row_numbers(shape: tuple[int, ...]) -> Array:
-    """Each entry's row."""
-    if mode.interpreting() is not None:
-        return lax.broadcasted_iota(jnp.int32, shape, 0)
-    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-
-
 def round_up(x: int, multiple: int) -> int:
     """The next multiple of `multiple`."""
     return -(-x // multiple) * multiple
