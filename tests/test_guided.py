@@ -304,6 +304,47 @@ def test_blocks_that_suit_no_block_sparse_kernel():
     assert np.isfinite(np.asarray(gradient)).all()
 
 
+# Blocks of 8 go to the TPU's block-sparse kernel, those of 6 past it.
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["pallas_tpu"])
+@pytest.mark.parametrize(
+    ("grid", "method"),
+    [
+        ((4, 2, 4), vm.VMonarch(recompute_frames=(1,))),
+        ((8, 2, 2), vm.VMonarch(block=(8, 1, 1), recompute_frames=0)),
+        ((4, 3, 2), vm.VMonarch()),
+    ],
+    ids=["frames", "tubes", "odd frames"],
+)
+def test_tpu_kernels_against_xla(grid, method, implementation, tpu_interpreted):
+    """A refresh, a step with the cached choice, one that chooses anew, and gradients."""
+    rng = np.random.default_rng(2)
+    shape = (2, int(np.prod(grid)), 2, 16)
+    q, k, v = (jnp.asarray(1.3 * rng.standard_normal(shape), jnp.float32) for _ in range(3))
+    guided, alone = vm.Guided(method, 2, every=3), vm.Guided(method, 2)
+    fresh = vm.init_state(guided, grid, batch=2, heads=2, head_dim=16)
+
+    def run(name):
+        on = {"grid": grid, "implementation": name, "return_lse": True}
+
+        def steps(q, k, v):
+            (dense, lse), state = guided(q, k, v, state=fresh, step=0, **on)
+            (out, own), same = guided(q, k, v, state=state, step=1, **on)
+            chosen = alone(q, k, v, **on)
+            loss = jnp.square(out).sum() + own.sum()
+            return loss, (dense, lse, out, own, *chosen, state, same)
+
+        return jit(jax.value_and_grad(steps, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    ((_, got), gradient), ((_, want), wanted) = run(implementation), run("xla")
+    for number in range(6):
+        kind = "lse" if number % 2 else "forward"
+        assert_close(got[number], want[number], "float32", kind, f"result {number}")
+    chex.assert_trees_all_equal(got[6:], want[6:])
+    for name, g, w in zip("qkv", gradient, wanted, strict=True):
+        assert_close(g, w, "float32", "gradient", name)
+
+
 @pytest.mark.parametrize("block", [(4, 1, 1), (1, 3, 2)], ids=["tubes", "frames"])
 def test_a_backend_whose_block_kernels_decline(block, monkeypatch):
     """The same choice, output and gradients through the other kernels."""
