@@ -227,6 +227,8 @@ def monarch_part(
         # A padded query starts nothing: what it holds must not matter.
         first = q if queries is None else jnp.where(queries[..., None], q, 0)
         kept = {name: settings[name] for name in ("scale", "entropy_gradient")}
+        if backend.informed:
+            kept["entries"] = batch
         with contextlib.suppress(NotImplementedError):  # then the general way serves
             part = backend.tiled(first, k, v, keys=keys, block_sizes=block_sizes, **kept)
             return Part(*(x.reshape(batch, heads, *x.shape[1:]) for x in part))

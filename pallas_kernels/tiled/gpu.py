@@ -28,12 +28,14 @@ def tiled(
     keys: Bool[Array, "g f m b"] | None = None,
     entropy_gradient: bool = False,
     known: tuple[Float[Array, "g a m b e"], Float[Array, "g a m b"]] | None = None,
+    entries: int = 1,
     block_sizes: BlockSizes,
 ) -> tuple[Float[Array, "g a m b e"], Float[Array, "g a m b"]]:
     """`(out, lse)` of one iteration of tiled Monarch attention; see the room's page.
 
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
-    then, but the gradient is still that of the attention.
+    then, but the gradient is still that of the attention. `entries` says of how many entries of a
+    batch the groups are the heads; it changes only where arrays lie.
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernels cannot serve, for masked keys,
@@ -48,24 +50,24 @@ def tiled(
             f"got {q.shape[3]}"
         )
     known = jax.lax.stop_gradient(known)
-    return _tiled(float(scale), entropy_gradient, block_sizes, q, k, v, known)
+    settings = float(scale), entropy_gradient, entries, block_sizes
+    return _tiled(*settings, q, k, v, known)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _tiled(scale, entropy_gradient, block_sizes, q, k, v, known):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _tiled(scale, entropy_gradient, entries, block_sizes, q, k, v, known):
     del entropy_gradient
     if known is not None:
         return known
-    # A chunk's averages are two arrays, each with half of what a copy of an input may take.
-    return forward(q, k, v, scale=scale, most=block_sizes.bytes() // 2)
+    return forward(q, k, v, scale=scale, most=block_sizes.bytes(), entries=entries)
 
 
-def _forward(scale, entropy_gradient, block_sizes, q, k, v, known):
-    part = _tiled(scale, entropy_gradient, block_sizes, q, k, v, known)
+def _forward(scale, entropy_gradient, entries, block_sizes, q, k, v, known):
+    part = _tiled(scale, entropy_gradient, entries, block_sizes, q, k, v, known)
     return part, (q, k, v)
 
 
-def _backward(scale, entropy_gradient, block_sizes, saved: Any, gradient: Any):
+def _backward(scale, entropy_gradient, entries, block_sizes, saved: Any, gradient: Any):
     q, k, v = saved
     g, m = q.shape[0], q.shape[2]
     blocks = [x.reshape(g, -1, *x.shape[3:]) for x in (k, v)]
@@ -73,7 +75,8 @@ def _backward(scale, entropy_gradient, block_sizes, saved: Any, gradient: Any):
     def one_tile(rows: Array, k: Array, v: Array) -> tuple[Array, Array]:
         step = r_step.r_step(
             jnp.tile(rows, (1, k.shape[1] // m, 1, 1)), k, (v,),
-            scale=scale, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
+            scale=scale, entropy_gradient=entropy_gradient, entries=entries,
+            block_sizes=block_sizes,
         )  # fmt: skip
         out, lse = l_step.last(rows, step.al, step.cl, step.ys[0], block_sizes=block_sizes)
         return out.astype(v.dtype), lse

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..gpu.call import ROWS, round_up
+from ..gpu.order import rows_first
 from .gpu_l_step import l_step
 from .gpu_r_step import r_step
 
@@ -32,13 +33,16 @@ def forward(
     *,
     scale: float,
     most: int,
+    entries: int = 1,
 ) -> tuple[Float[Array, "g a m b e"], Float[Array, "g a m b"]]:
     """`(out, lse)`: out in the dtype of v, lse in float32; see the room's page.
 
     `most` bounds the bytes of aL and Y that are there at once (64 positions of one group at least).
+    `entries` says of how many entries of a batch the groups are the heads; it changes only where
+    arrays lie.
     """
     g, a, m, b, d = q.shape
-    k, v = (x.reshape(g, -1, *x.shape[3:]) for x in (k, v))
+    k, v = (rows_first(x.reshape(g, -1, *x.shape[3:]), entries) for x in (k, v))
     n, blocks, e = a * b, k.shape[1], v.shape[-1]
     rows = q.swapaxes(1, 2).reshape(g, m, n, d)
     heads, positions = chunk(g, n, 2 * blocks * (d + e), most)

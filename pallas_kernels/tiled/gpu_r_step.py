@@ -56,8 +56,8 @@ AHEAD = 2
 def r_step(
     start: Int[Array, "2"],
     q: Float[Array, "g m n d"],
-    k: Float[Array, "g M b d"],
-    v: Float[Array, "g M b e"],
+    k: Float[Array, "z M b h d"],
+    v: Float[Array, "z M b h e"],
     *,
     heads: int,
     positions: int,
@@ -66,9 +66,10 @@ def r_step(
     """`([aL | Y], -cL log2 e)` of `heads` groups and `positions` positions from `start` on.
 
     `start` is the first group and the first position. `positions` is a multiple of 64; those
-    beyond the last one get numbers without a meaning. `w = d + e`.
+    beyond the last one get numbers without a meaning, or none. Groups are the `h` heads of each of
+    `z` entries of a batch: K and V lie as a caller's tokens do. `w = d + e`.
     """
-    (_, m, _, d), (_, blocks, b, e) = q.shape, v.shape
+    (_, m, n, d), (_, blocks, b, each, e) = q.shape, v.shape
     panel = HALF_PANEL if round_up(b, HALF_PANEL) < round_up(b, PANEL) else PANEL
     keys = round_up(b, panel)
     row_tiles = positions // ROWS
@@ -84,6 +85,9 @@ def r_step(
         first = lax.axis_index("blocks")
         mine = lax.div(units - 1 - first, grid) + 1
         first_group, first_position = start_ref[0], start_ref[1]
+        left = lax.div(n - first_position + ROWS - 1, ROWS)
+        tiles_here = lax.min(jnp.int32(row_tiles), left)
+        steps = mine * tiles_here
 
         def held(step):
             # One slot is slot 0, but a compiler that knows it computes the address of every tile
@@ -96,13 +100,14 @@ def r_step(
 
         def load_keys(unit):
             head, block = place(unit)
-            index = (first_group + head, block, pl.ds(block * 0, keys))
+            group = first_group + head
+            index = (lax.div(group, each), block, pl.ds(block * 0, keys), lax.rem(group, each))
             for ref, to in zip((k_ref, v_ref), held(unit)[:2], strict=True):
                 fetch(ref, index, to, loaded)
 
         def load_queries(step):
-            head, block = place(lax.div(step, row_tiles))
-            row = first_position + lax.rem(step, row_tiles) * ROWS
+            head, block = place(lax.div(step, tiles_here))
+            row = first_position + lax.rem(step, tiles_here) * ROWS
             slot = lax.rem(step, AHEAD)
             index = (first_group + head, lax.rem(block, m), pl.ds(row, ROWS))
             fetch(q_ref, index, queries.at(slot), q_loaded.at[slot])
@@ -110,13 +115,13 @@ def r_step(
         load_keys(first * 0)
         for step in range(AHEAD):
 
-            @pl.when(step < mine * row_tiles)
+            @pl.when(step < steps)
             def _(step=step):
                 load_queries(first * 0 + step)
 
-        @pl.loop(0, mine * row_tiles)
+        @pl.loop(0, steps)
         def _(step):
-            unit, tile = lax.div(step, row_tiles), lax.rem(step, row_tiles)
+            unit, tile = lax.div(step, tiles_here), lax.rem(step, tiles_here)
             head, block = place(unit)
             rows = queries.at(lax.rem(step, AHEAD))
             k_tiles, v_tiles, y_tiles = held(step)
@@ -158,13 +163,13 @@ def r_step(
             plgpu.commit_smem_to_gmem_group()
 
             # Every thread has passed a barrier since it last used the keys.
-            @pl.when((tile == row_tiles - 1) & (unit + 1 < mine))
+            @pl.when((tile == tiles_here - 1) & (unit + 1 < mine))
             def _():
                 load_keys(unit + 1)
 
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
 
-            @pl.when(step + AHEAD < mine * row_tiles)
+            @pl.when(step + AHEAD < steps)
             def _():
                 load_queries(step + AHEAD)
 
