@@ -157,16 +157,18 @@ def model(*chosen):
 
 def memory():
     """Three steps of a model that remembers, on a mesh and on one device; where its states lie."""
-    rebuild, params = split_params(WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
+    config = dataclasses.replace(CONFIG, layers=3)
+    rebuild, params = split_params(WanTransformer(config, rngs=nnx.Rngs(0)))
     size = (GRID.frames, 2 * GRID.height, 2 * GRID.width)
     data = (
-        drawn(1, BATCH, *size, CONFIG.in_channels),
+        drawn(1, BATCH, *size, config.in_channels),
         1000 * jax.random.uniform(jax.random.key(2), (BATCH,)),
-        drawn(3, BATCH, TEXT, CONFIG.text_dim),
+        drawn(3, BATCH, TEXT, config.text_dim),
     )
     # tiers are compared between the heads of a device, so here all of them are alike
     sparse = vm.AdaSpa(0.5, 8, (1,), warmup_steps=0, head_adaptive=False)
-    methods = (Echo(), vm.Corrected(sparse, refresh_steps=(2,)))
+    guided = vm.Guided(vm.VMonarch(block=(3, 1, 1)), exact_blocks=2, every=2)
+    methods = (Echo(), vm.Corrected(sparse, refresh_steps=(2,)), guided)
 
     def forward(sharding, params, memory, step, *data):
         return rebuild(params)(
@@ -174,7 +176,7 @@ def memory():
         )
 
     def run(sharding, params, compiled):
-        memory = begin(CONFIG, GRID, BATCH, methods, placement=sharding)
+        memory = begin(config, GRID, BATCH, methods, placement=sharding)
         where = None if sharding is None else sharding.state_shardings(memory)
         outs, kept = [], []
         for step in range(3):
@@ -190,7 +192,7 @@ def memory():
     found = {}
     for sizes in MESHES[:1]:
         sharding = Sharding(make_mesh(**sizes))
-        placed = jax.device_put(params, sharding.param_shardings(transformer_entries(CONFIG)))
+        placed = jax.device_put(params, sharding.param_shardings(transformer_entries(config)))
         compiled = jit(functools.partial(forward, sharding))
         outs, kept, memory = run(sharding, placed, compiled)
         text = compiled.lower(placed, memory, jnp.int32(0), *data).compile().as_text()

@@ -96,6 +96,48 @@ def test_sampler_is_the_loop_of_objects(model, guidance):
     assert seen == [(n, NOISE.shape) for n in range(1, 6)]
 
 
+# On 2 frames of 2 x 2 tokens; each has a step of every kind among the first five.
+OURS = {
+    "adaspa": vm.AdaSpa(0.5, 2, (1, 3), warmup_steps=1),
+    "guided": vm.Guided(vm.VMonarch(block=(2, 1, 1), recompute_frames=0), every=2),
+    "corrected": vm.Corrected(vm.VMonarch(recompute_frames=0), every=2, dtype="float8"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OURS.values(), ids=OURS.keys())
+def test_guidance_in_a_scan_is_two_models_that_remember_apart(model, method):
+    """The sampler scans over steps on a doubled batch; by hand each video and text goes alone."""
+    times = np.asarray(time_steps(5, 6.0))
+    conditions = [(LABEL, CAPTION), (jnp.full(2, SMALL.classes), jnp.zeros_like(CAPTION))]
+    rebuild, params = split_params(model)
+
+    @jit
+    def alone(params, x, label, caption, t, state, step):
+        return rebuild(params)(
+            x, t, label, caption, attention=method, attention_state=state, step=step
+        )
+
+    videos = []
+    for n in range(2):
+        x = NOISE[n : n + 1]
+        states = [model.init_attention_state(1, attention=method) for _ in conditions]
+        for step, (t, after) in enumerate(itertools.pairwise(times)):
+            found = []
+            for which, (label, caption) in enumerate(conditions):
+                v, states[which] = alone(
+                    params, x, label[n : n + 1], caption[n : n + 1], jnp.full(1, t),
+                    states[which], jnp.int32(step),
+                )  # fmt: skip
+                found.append(v)
+            x = x + (after - t) * (found[1] + 1.7 * (found[0] - found[1]))
+        videos.append(jnp.clip(x, -1, 1))
+    got = sampled(model, method, guidance=1.7)
+    # float8 may round a sum that differs in its last bit to either side
+    chex.assert_trees_all_close(got, jnp.concatenate(videos), atol=1e-3)
+    assert jnp.abs(got - sampled(model, DENSE, guidance=1.7)).max() > 0.01
+
+
 def test_both_calls_of_a_step_of_heun_are_remembered(model):
     expected = by_hand(model, [(ECHO, DENSE)] * 3, 3, 1, "heun")
     got = sampled(model, (ECHO, DENSE), steps=3, guidance=1, solver="heun")
