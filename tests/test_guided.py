@@ -279,6 +279,29 @@ def test_choices_last_until_the_next_refresh():
             chex.assert_trees_all_equal(state, known[number])
 
 
+def test_a_head_whose_mass_is_one_block():
+    """Every query of one head looks at block 2 alone: exact there, it is dense attention."""
+    q, k, v = (np.array(x) for x in arrays())
+    q[:, :, 1, 0], k[:, :, 1, 0] = 12, 0
+    k[:, 12:18, 1, 0] = 6
+    method = vm.VMonarch(recompute_frames=0)
+    guided = vm.Guided(method, exact_blocks=1, every=2)
+    fresh = vm.init_state(guided, GRID, **SIZES)
+
+    def steps(q, k, v):
+        _, state = guided(q, k, v, grid=GRID, state=fresh, step=0)
+        return guided(q, k, v, grid=GRID, state=state, step=1, return_lse=True)
+
+    (out, lse), state = jit(steps)(q, k, v)
+    expected = guided_oracle.gap(q, k, v, **settings_of(method))
+    np.testing.assert_array_equal(state.indices, choice_of(expected, 1)[0])
+    assert (state.indices[:, 1] == 2).all()
+    dense = oracle.dense(q, k, v)
+    assert_close(out[:, :, 1], dense.out[:, :, 1], "float32", "forward")
+    assert_close(lse[:, :, 1], dense.lse[:, :, 1], "float32", "lse")
+    assert np.abs(np.asarray(out[:, :, 0]) - dense.out[:, :, 0]).max() > 1e-3
+
+
 def test_blocks_that_suit_no_block_sparse_kernel():
     """Long ones, and those that a kernel declines, go through dense attention's kernel instead."""
     grid, method = (3, 10, 27), vm.VMonarch()
