@@ -141,13 +141,17 @@ def _moved(line: _Line, lines: dict[str, _Line], computations: dict) -> int:
         )
         if parameter is None:
             continue
-        users = [x for x in body.values() if parameter.name in x.operands]
+        name = parameter.name
+        users = [x for x in body.values() if name in x.operands]
+        if len(users) == 1 and users[0].kind == "bitcast":
+            name = users[0].name
+            users = [x for x in body.values() if name in x.operands]
         if users and all(x.kind in SLICES for x in users):
             total += sum(size(x.type) for x in users)
         elif not (
             users
             and all(x.kind == "dynamic-update-slice" for x in users)
-            and all(x.operands[0] == parameter.name for x in users)
+            and all(x.operands[0] == name for x in users)
         ):
             total += size(operand.type)
     root = next(x for x in body.values() if x.root)

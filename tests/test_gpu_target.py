@@ -54,6 +54,29 @@ ENTRY %main (a: bf16[8,128]) -> bf16[128,8] {
 """
 
 
+IN_PLACE = """HloModule m
+
+%fused (p: bf16[64,128], u: bf16[8,128]) -> bf16[512,16] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  %b = bf16[512,16]{1,0} bitcast(%p)
+  %u = bf16[8,128]{1,0} parameter(1)
+  %s = bf16[64,16]{1,0} bitcast(%u)
+  %zero = s32[] constant(0)
+  ROOT %d = bf16[512,16]{1,0} dynamic-update-slice(%b, %s, %zero, %zero)
+}
+
+ENTRY %main (a: bf16[64,128], u: bf16[8,128]) -> bf16[512,16] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %u = bf16[8,128]{1,0} parameter(1)
+  ROOT %f = bf16[512,16]{1,0} fusion(%a, %u), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_an_update_in_place_moves_what_is_new():
+    assert gpu_gates.around(Compiled(IN_PLACE, None, {})) == 2 * 2 * 8 * 128
+
+
 def test_gates():
     compiled = Compiled(HLO, None, {})
     assert compiled.calls("__cudnn") == ["__cudnn$fmhaSoftmax"]
