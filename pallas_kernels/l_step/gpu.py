@@ -1,8 +1,4 @@
-"""The L step of up to 128 frames on a Hopper GPU.
-
-The gradient is by kernels too up to 64 frames. Beyond, they would have too few registers, and the
-gradient is that of "xla", which computes everything again.
-"""
+"""The L step of up to 128 frames on a Hopper GPU, forward and backward."""
 
 import functools
 from typing import Any
@@ -12,12 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..block_sizes import BlockSizes
+from ..gpu.call import ROWS
 from ..gpu.checks import check
-from ..numerics import MASKED, TINY_MASS, scaled
-from . import gpu_backward, gpu_forward, xla
-
-# Frames whose gradients are by kernels.
-LONGEST_BACKWARD = 64
+from ..numerics import MASKED, TINY_MASS
+from . import gpu_backward, gpu_backward_long, gpu_forward
 
 
 def last(
@@ -44,11 +38,12 @@ def last(
         NotImplementedError: for a dtype or a size that the kernel cannot serve, for pairs that
             are left out, and where there is no Hopper GPU.
     """
+    del block_sizes
     check(q, al, y)
     _check_lengths(q, al)
     if left_out is not None:
         raise NotImplementedError("the GPU kernel of the L step leaves out no pairs of blocks")
-    return _last((float(gain), entries, block_sizes), q, al, cl, y, key_blocks)
+    return _last((float(gain), entries), q, al, cl, y, key_blocks)
 
 
 def middle(
@@ -74,9 +69,10 @@ def middle(
         NotImplementedError: for a dtype or a size that the kernel cannot serve, and where there
             is no Hopper GPU.
     """
+    del block_sizes
     check(q, al)
     _check_lengths(q, al)
-    settings = max(floor, TINY_MASS), float(gain), entries, block_sizes
+    settings = max(floor, TINY_MASS), float(gain), entries
     return _middle(settings, q, al, cl, queries, key_blocks)
 
 
@@ -88,6 +84,11 @@ def _check_lengths(q: Array, al: Array) -> None:
         )
 
 
+def backward_of(q: Array, al: Array) -> Any:
+    """The module with the gradients for so many frames."""
+    return gpu_backward if max(q.shape[1], al.shape[1]) <= ROWS else gpu_backward_long
+
+
 def _bias(cl: Float[Array, "g M n"], key_blocks: Bool[Array, "g M"] | None) -> Array:
     """`-cL` in float32, MASKED for the key blocks that are left out."""
     bias = -cl.astype(jnp.float32)
@@ -96,7 +97,7 @@ def _bias(cl: Float[Array, "g M n"], key_blocks: Bool[Array, "g M"] | None) -> A
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _last(settings, q, al, cl, y, key_blocks):
-    gain, entries, _ = settings
+    gain, entries = settings
     return gpu_forward.last(q, al, _bias(cl, key_blocks), y, gain=gain, entries=entries)
 
 
@@ -105,23 +106,12 @@ def _last_forward(settings, q, al, cl, y, key_blocks):
 
 
 def _last_backward(settings, saved: Any, gradient: Any):
-    gain, entries, block_sizes = settings
-    *arrays, key_blocks = saved
-    q, al, cl, y = arrays
-    if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
-        bias = _bias(cl, key_blocks)
-        dq, dal, dcl, dy = gpu_backward.last_backward(
-            q, al, bias, y, *gradient, gain=gain, entries=entries
-        )
-        return dq, dal, dcl.astype(cl.dtype), dy, None
-
-    def again(q, al, cl, y):
-        al = scaled(al, gain)
-        out, lse = xla.last(q, al, cl, y, key_blocks=key_blocks, block_sizes=block_sizes)
-        return out.astype(y.dtype), lse
-
-    _, pullback = jax.vjp(again, *arrays)
-    return (*pullback(gradient), None)
+    gain, entries = settings
+    q, al, cl, y, key_blocks = saved
+    dq, dal, dcl, dy = backward_of(q, al).last_backward(
+        q, al, _bias(cl, key_blocks), y, *gradient, gain=gain, entries=entries
+    )
+    return dq, dal, dcl.astype(cl.dtype), dy, None
 
 
 _last.defvjp(_last_forward, _last_backward)
@@ -129,7 +119,7 @@ _last.defvjp(_last_forward, _last_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _middle(settings, q, al, cl, queries, key_blocks):
-    floor, gain, entries, _ = settings
+    floor, gain, entries = settings
     bias = _bias(cl, key_blocks)
     return gpu_forward.middle(q, al, bias, queries, floor=floor, gain=gain, entries=entries)
 
@@ -140,22 +130,12 @@ def _middle_forward(settings, q, al, cl, queries, key_blocks):
 
 
 def _middle_backward(settings, saved: Any, dqt):
-    floor, gain, entries, block_sizes = settings
-    *arrays, queries, key_blocks = saved
-    q, al, cl = arrays
-    if max(q.shape[1], al.shape[1]) <= LONGEST_BACKWARD:
-        bias, more = _bias(cl, key_blocks), {"gain": gain, "entries": entries}
-        dq, dal, dcl = gpu_backward.middle_backward(q, al, bias, queries, dqt, floor=floor, **more)
-        return dq, dal, dcl.astype(cl.dtype), None, None
-
-    def again(q, al, cl):
-        return xla.middle(
-            q, scaled(al, gain), cl,
-            floor=floor, queries=queries, key_blocks=key_blocks, block_sizes=block_sizes,
-        ).astype(q.dtype)  # fmt: skip
-
-    _, pullback = jax.vjp(again, *arrays)
-    return (*pullback(dqt), None, None)
+    floor, gain, entries = settings
+    q, al, cl, queries, key_blocks = saved
+    dq, dal, dcl = backward_of(q, al).middle_backward(
+        q, al, _bias(cl, key_blocks), queries, dqt, floor=floor, gain=gain, entries=entries
+    )
+    return dq, dal, dcl.astype(cl.dtype), None, None
 
 
 _middle.defvjp(_middle_forward, _middle_backward)
