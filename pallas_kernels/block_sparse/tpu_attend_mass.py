@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from ..attend import tpu_forward as dense
 from ..block_sizes import BlockSizes
+from ..chunks import map_chunks
 from ..numerics import MASKED
 from ..tpu import chips
 from ..tpu.call import launch
@@ -119,12 +120,26 @@ def attend_masses(
 ) -> tuple[Float[Array, "g n e"], Float[Array, "g n"], Float[Array, "g p blocks"]]:
     """`(out, lse, mass)`; only the first `rows` queries have any mass.
 
+    Of many heads a few at a time, since K and V are copied into another order.
+
     Raises:
         NotImplementedError: if the masses of a grid step's rows do not fit in VMEM.
     """
+    (n, d), (s, e) = q.shape[1:], v.shape[1:]
+    step_rows, layout = _sizes(n, s, d, e, q.dtype, block, length, block_sizes)
+
+    def some(_: Any, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        return _masses(layout, step_rows, rows, scale, q, k, v)
+
+    at_once = block_sizes.bytes() * k.shape[0] // max(k.nbytes, v.nbytes)
+    return map_chunks(some, at_once, q, k, v)
+
+
+def _masses(layout, step_rows, rows, scale, q, k, v) -> tuple[Array, Array, Array]:
+    """Launches the kernel."""
     groups, n, d = q.shape
     s, e = v.shape[1:]
-    step_rows, layout = _sizes(n, s, d, e, q.dtype, block, length, block_sizes)
+    block = layout.block
     k, v = layout.arrange(k), layout.arrange(v)
     row_steps = pl.cdiv(n, step_rows)
     plan = dense.Plan(

@@ -34,9 +34,9 @@ def inputs(size, loud=1.0):
     return (loud * q).astype(dtype), k, v
 
 
-def fused(size, *inputs, how=True):
+def fused(size, *inputs, how=True, copy_bytes=None):
     _, _, _, block, real, length, *_, rows, keys = size
-    sizes = BlockSizes(tpu_rows=rows, tpu_keys=keys)
+    sizes = BlockSizes(tpu_rows=rows, tpu_keys=keys, copy_bytes=copy_bytes)
     with interpreted(how):
         return jit(
             lambda *inputs: attend_mass(
@@ -93,6 +93,15 @@ def test_extreme_scores(case):
     np.testing.assert_allclose(got[0][:, :300], want[0][:, :300], atol=10 * tolerance)
     np.testing.assert_allclose(got[2], want[2], atol=64 * tolerance)
     np.testing.assert_allclose(got[2].sum(-1), [[64] * 4 + [44]] * 2, rtol=1e-5)
+
+
+def test_a_few_heads_at_a_time():
+    size = (3, *SIZES[3][1:])
+    args = inputs(size)
+    with recording() as launches:
+        got = fused(size, *args, copy_bytes=1)
+    assert {launch.grid[0] for launch in launches} == {1}
+    compare(size, got, expected(size, *args))
 
 
 def test_nan_stays_in_its_row_of_blocks():
