@@ -1,7 +1,8 @@
 """`attend` on a Hopper GPU; the gradient by cuDNN.
 
-Where cuDNN can't take the backward pass (values of another width than the keys, a machine without
-it), that of "xla" does, which computes everything again.
+The products of the backward pass are five for one value, by cuDNN as by a kernel of ours, whose
+speed is not known. Where cuDNN can't take it (values of another width than the keys, a machine
+without it), ours does; where neither can, that of "xla", which computes everything again.
 """
 
 import functools
@@ -15,6 +16,7 @@ from ..gpu import cudnn as library
 from ..gpu.checks import check
 from ..gpu.order import by_entry, from_entries
 from . import cudnn, xla
+from .gpu_backward import softmax_rows_backward, unserved
 from .gpu_forward import softmax_rows
 
 Part = tuple[tuple[Float[Array, "g n _"], ...], Float[Array, "g n"]]
@@ -76,9 +78,14 @@ def _forward(scale, gains, entries, block_sizes, q, k, values, known):
 
 def _backward(scale, gains, entries, block_sizes, saved: Any, gradient: Any):
     q, k, values, (outs, lse) = saved
-    if not library.unserved(by_entry(q, entries), k, values):
+    settings: Any = {"scale": scale, "gains": gains}
+    by_library = not library.unserved(by_entry(q, entries), k, values)
+    if by_library or not unserved(k, values, **settings, shared=False):
         arrays = _by_entry((q, k, values, outs, lse, *gradient), entries)
-        found = cudnn.backward(*arrays, scale=scale, gains=gains)
+        if by_library:
+            found = cudnn.backward(*arrays, **settings)
+        else:
+            found = softmax_rows_backward(*arrays, **settings, shared=False, name="attend_backward")
         return (*jax.tree.map(from_entries, found), None)
 
     def again(q, k, values):

@@ -22,6 +22,7 @@ as soon as what they need is there, and run while the next numbers are computed:
 dq needs the dx of both warpgroups, which meet there once in a tile of rows.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -32,11 +33,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from ..gpu import mode
+from ..gpu.batching import flat_vmap
 from ..gpu.call import (
     LOG2E,
     PANEL,
     ROWS,
-    Tiles,
     by_column,
     fetch,
     full,
@@ -60,8 +61,8 @@ from .gpu_forward import WORKERS
 # Keys of a block of threads.
 KEYS = WORKERS * ROWS
 
-# The widest dk and gradients of values that fit into registers together, in columns.
-WIDEST = 256
+# The widest dk and gradients of values that fit into registers together, in multiples of a key.
+WIDEST = 2
 
 # The log-sum-exp of rows beyond the end: far above every score, it leaves no weight.
 NOBODY = 1e30
@@ -98,23 +99,11 @@ def softmax_rows_backward(
     has both of its terms. In memory arrays lie as `[x, rows, y, dim]`, as they do forward.
 
     Raises:
-        NotImplementedError: for no values, for more of them than registers hold, and for a `shared`
-            K whose gain is not the scale.
+        NotImplementedError: for what `unserved` says.
     """
+    if reason := unserved(k, values, scale=scale, gains=gains, shared=shared):
+        raise NotImplementedError(reason)
     sources = (k, *values)
-    used = sources if shared else values
-    if not used:
-        raise NotImplementedError("the GPU kernel of the gradient takes no attention without values")
-    if sum(x.shape[-1] for x in sources) > WIDEST:
-        raise NotImplementedError(
-            f"the GPU kernel of the gradient takes K and values of {WIDEST} columns together, "
-            f"got {sum(x.shape[-1] for x in sources)}"
-        )
-    if shared and gains[0] != scale:
-        raise NotImplementedError(
-            f"the GPU kernel of the gradient takes K as a value with the gain {scale}, "
-            f"got {gains[0]}"
-        )
     delta = sum(
         jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
         for dout, out in zip(douts, outs, strict=True)
@@ -122,31 +111,34 @@ def softmax_rows_backward(
     douts = tuple(dout.astype(out.dtype) for dout, out in zip(douts, outs, strict=True))
     # Sums of products that begin with these are `x - lse` and what dx is p times, up to a factor.
     arrays = (q, *douts, *sources, lse / -scale, (delta - dlse) / -gains[0])
-    return _over_groups(arrays, len(douts), scale, gains, shared, name)
+    run = functools.partial(
+        _launch, count=len(douts), scale=scale, gains=gains, shared=shared, name=name
+    )
+    dq, dk, *dvalues = flat_vmap(run, *arrays)
+    return dq, dk, tuple(dvalues)
 
 
-def _over_groups(arrays, count, scale, gains, shared, name):
-    """The kernel; under `vmap` the mapped axis joins the first one of the groups."""
+def unserved(
+    k: Array, values: tuple[Array, ...], *, scale: float, gains: tuple[float, ...], shared: bool
+) -> str:
+    """Why the kernel can't take these; empty if it can."""
+    if not gains:
+        return "the GPU kernel of gradients takes no attention without values"
+    if scale <= 0 or 0 in gains:
+        return (
+            "the GPU kernel of gradients takes a scale above zero and no gain of zero, "
+            f"got {scale} and {gains}"
+        )
+    d, columns = k.shape[-1], sum(x.shape[-1] for x in (k, *values))
+    if columns > WIDEST * d:
+        return (
+            f"the GPU kernel of gradients takes keys of {d} and values of up to "
+            f"{WIDEST * d} columns together, got {columns}"
+        )
+    return ""
 
-    @jax.custom_batching.custom_vmap
-    def call(*arrays):
-        return _launch(arrays, count, scale, gains, shared, name)
 
-    @call.def_vmap
-    def mapped(size, batched, *arrays):
-        whole = [
-            x if there else jnp.broadcast_to(x, (size, *x.shape))
-            for x, there in zip(arrays, batched, strict=True)
-        ]
-        joined = tuple(x.reshape(-1, *x.shape[2:]) for x in whole)
-        found = _over_groups(joined, count, scale, gains, shared, name)
-        found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
-        return found, jax.tree.map(lambda _: True, found)
-
-    return call(*arrays)
-
-
-def _launch(arrays, count, scale, gains, shared, name):
+def _launch(*arrays, count, scale, gains, shared, name):
     (q, *douts), sources = arrays[: 1 + count], arrays[1 + count : -2]
     dtype = q.dtype
     (x, y, n, d), s = q.shape, sources[0].shape[2]
@@ -155,6 +147,8 @@ def _launch(arrays, count, scale, gains, shared, name):
     # The source that each of `douts` belongs to, and its gain beside that of the first.
     value_of = range(0 if shared else 1, len(sources))
     ratios = [gain / gains[0] for gain in gains]
+    # dx is made with a factor that lets both terms of dk be one sum; the rest of it comes later.
+    early_factor, late_factor = (scale, gains[0]) if shared else (gains[0], scale)
     # The product of the weights with the first of `douts` is made beside that of dx with q, both
     # for dk, if other products of the weights are there to run while dx is computed.
     late = int(shared and len(sources) > 1)
@@ -252,8 +246,8 @@ def _launch(arrays, count, scale, gains, shared, name):
                     for part in range(parts):
                         found = scores[part].read(later) * (scale * LOG2E)
                         if left:
-                            # Keys beyond the end are zeros, which is what they add to dq, as long as
-                            # their weights are finite. No other score is above 0 here.
+                            # Keys beyond the end are zeros, and so is what they add to dq, as long
+                            # as their weights are finite. No other score is above 0 here.
                             found = jnp.minimum(found, 0.0)
                         weights.append(jnp.exp2(found))
                     # Behind the barrier the rounded ones are all that is kept of the weights.
@@ -267,7 +261,7 @@ def _launch(arrays, count, scale, gains, shared, name):
                                 later += 1
                     dx = []
                     for part, p in enumerate(x.astype(jnp.float32) for x in rounded):
-                        found = p * (of_weights[part].read(later) * gains[0])
+                        found = p * (of_weights[part].read(later) * early_factor)
                         dx.append(found.astype(dtype))
                     store(dx, dx_here.rows(worker * ROWS, ROWS))
                     plgpu.commit_smem()
@@ -304,14 +298,14 @@ def _launch(arrays, count, scale, gains, shared, name):
                 return [*found[1:], *sums[panels[0] :]]
 
             sums = [full((ROWS, PANEL), 0.0) for _ in range(sum(panels))]
-            sums = lax.fori_loop(0, row_tiles, visit, sums)
+            sums = lax.fori_loop(0, hidden(row_tiles), visit, sums)
             meet()  # K serves both warpgroups up to here; now the results take the keys' places
             worker, (group, tile) = hidden(warpgroup), key_tile(hidden(at))
             mine = keys_of(worker)
-            sums_gains = {i: gain for i, gain in zip(value_of, gains, strict=True)} | {0: scale}
+            factors = (late_factor, *gains[shared:])
             for i, (result, to) in enumerate(zip(mine, result_refs, strict=True)):
                 here = sums[sum(panels[:i]) :][: panels[i]]
-                store([x * sums_gains[i] for x in here], result)
+                store([x * factors[i] for x in here], result)
                 plgpu.commit_smem()
                 send(result, to, place(group, tile * KEYS + worker * ROWS, ROWS))
             plgpu.commit_smem_to_gmem_group()
@@ -373,14 +367,11 @@ def _launch(arrays, count, scale, gains, shared, name):
         *(a.swapaxes(1, 2) for a in (q, *douts, *sources)),
         _lines(arrays[-2:], rows, row_tiles),
     )  # fmt: skip
-    dq = (dq[:, :n] * scale).astype(dtype).swapaxes(1, 2)
-    dk, *dvalues = (a[:, :s].swapaxes(1, 2) for a in results)
-    return dq, dk, tuple(dvalues)
+    dq = (dq[:, :n] * late_factor).astype(dtype).swapaxes(1, 2)
+    return dq, *(a[:, :s].swapaxes(1, 2) for a in results)
 
 
-def _stages(
-    rows: int, d: int, widths: list[int], dout_widths: list[int], row_tiles: int
-) -> int:
+def _stages(rows: int, d: int, widths: list[int], dout_widths: list[int], row_tiles: int) -> int:
     """How many tiles of rows fit into shared memory beside the rest."""
     fixed = 2 * KEYS * sum(widths) + 2 * 2 * KEYS * rows + 4 * WORKERS * ROWS * PANEL
     stage = 2 * rows * (d + sum(dout_widths)) + 2 * 4 * rows

@@ -9,6 +9,7 @@ in and out, by whatever axes they are named here, XLA has nothing to transpose.
 
 import contextlib
 import contextvars
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import mode
+from .batching import flat_vmap
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 
@@ -106,7 +108,7 @@ def forward(
     stand_in = _stand_in.get()
     if stand_in is not None:
         return stand_in[0](q, k, v, scale)
-    return _flat_vmap(_forward, q, k, v, scale=float(scale))
+    return flat_vmap(functools.partial(_forward, scale=float(scale)), q, k, v)
 
 
 def backward(
@@ -128,7 +130,8 @@ def backward(
     stand_in = _stand_in.get()
     if stand_in is not None:
         return stand_in[1](q, k, v, lse, out, dout, scale)
-    return _flat_vmap(_backward, q, k, v, lse, out, dout, scale=float(scale))
+    function = functools.partial(_backward, scale=float(scale))
+    return flat_vmap(function, q, k, v, lse, out, dout)
 
 
 def _forward(q, k, v, *, scale):
@@ -237,27 +240,6 @@ def config(
         "is_paged_attention": False,
     }
     return json.dumps({"operation_queue_id": "0", "cudnn_fmha_backend_config": settings})
-
-
-def _flat_vmap(function: Callable[..., Any], *arrays: Array, scale: float) -> Any:
-    """`function` of arrays; under `vmap` the mapped axis joins the first one."""
-
-    @jax.custom_batching.custom_vmap
-    def call(*arrays: Array) -> Any:
-        return function(*arrays, scale=scale)
-
-    @call.def_vmap
-    def mapped(size: int, batched: Any, *arrays: Array) -> tuple[Any, Any]:
-        whole = [
-            x if there else jnp.broadcast_to(x, (size, *x.shape))
-            for x, there in zip(arrays, batched, strict=True)
-        ]
-        joined = [x.reshape(-1, *x.shape[2:]) for x in whole]
-        results = _flat_vmap(function, *joined, scale=scale)
-        apart = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
-        return apart, (True,) * len(apart)
-
-    return call(*arrays)
 
 
 def split_keys(groups: int, rows: int, keys: int) -> int:

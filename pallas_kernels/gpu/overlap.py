@@ -146,9 +146,7 @@ def store_sum(x: Float[Array, "rows m"], to: Tiles) -> None:
         to.tiled[panel] = lax.slice(x, (0, start), (x.shape[0], start + SUM_PANEL))
 
 
-def send_added(
-    source: Tiles, to: Any, index: tuple[Any, ...], column: Any, first: Any
-) -> None:
+def send_added(source: Tiles, to: Any, index: tuple[Any, ...], column: Any, first: Any) -> None:
     """Starts to add float32 tiles to `to[index, column:]`; the caller commits the copies.
 
     The copy engine adds them up in memory, in the order in which blocks of threads come along.

@@ -4,6 +4,7 @@ Two calls where a kernel of our own takes one, because cuDNN wants values as wid
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -92,8 +93,12 @@ def backward_of_step(
     gradient: RStep,
     entries: int = 1,
     unscaled: bool = False,
+    gradients: Callable[..., Any] | None = None,
 ) -> Any:
-    """By the gradient of attention; that of cL enters through `cL = qt . aL - lse`."""
+    """By the gradient of attention; that of cL enters through `cL = qt . aL - lse`.
+
+    `gradients` is that of attention with values `[K | V]`, dk whole; `None`: by calls of cuDNN.
+    """
     (qt, k, values, step), gradient = _by_frame((saved, gradient), entries)
     dal, dlse, through = gradient.al, gradient.lse, None
     if entropy_gradient:
@@ -101,14 +106,18 @@ def backward_of_step(
         dal = (dal + wide * qt.astype(wide.dtype)).astype(dal.dtype)
         through = wide * step.al.astype(wide.dtype)
         dlse = dlse - gradient.cl
-    dq, dk, (dmean, *dvalues) = backward(
-        qt, k, (k, *values), (step.al, *step.ys), step.lse, (dal, *gradient.ys), dlse,
+    dq, dk, dvalues = (gradients or _by_calls)(
+        qt, k, values, (step.al, *step.ys), step.lse, (dal, *gradient.ys), dlse,
         scale=scale, gains=(1.0 if unscaled else scale, *(1.0 for _ in values)),
     )  # fmt: skip
     if through is not None:
         dq = (dq + through).astype(qt.dtype)
-    found = dq, added([dk, dmean]), tuple(dvalues)
-    return (*_by_group(found, entries), None)
+    return (*_by_group((dq, dk, dvalues), entries), None)
+
+
+def _by_calls(qt, k, values, *others, **settings):
+    dq, dk, (dmean, *dvalues) = backward(qt, k, (k, *values), *others, **settings)
+    return dq, added([dk, dmean]), tuple(dvalues)
 
 
 _r_step.defvjp(_forward, _backward)
