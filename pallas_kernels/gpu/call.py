@@ -79,6 +79,14 @@ def tile_memory(
     )
 
 
+def square_memory(shape: tuple[int, ...], dtype: Any, panel: int = PANEL) -> Any:
+    """Shared memory for matrices that `load_square` reads; their length is a multiple of 8."""
+    if mode.interpreting() is not None:
+        return plgpu.SMEM(shape, dtype)
+    transforms = plgpu.TilingTransform((8, panel)), plgpu.SwizzleTransform(2 * panel)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
 class Tiles(NamedTuple):
     """Panels of matrices in shared memory: as the copy engine and as wgmma name them."""
 
