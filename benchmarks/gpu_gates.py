@@ -7,6 +7,7 @@ fails. `make aot-gpu` runs it; it needs the CUDA packages of JAX (extra `gpu`), 
 """
 
 import argparse
+import math
 import sys
 import time
 from typing import Any
@@ -77,6 +78,21 @@ def measure(
 
     `what` is a device, an implementation and one of `PASSES`.
     """
+    compiled = compiled_call(compiler, what[1], grid, what[2])
+    q = 2 * math.prod(grid) * HEADS * DIM  # bytes of a query
+    found = {
+        "calls": counted(compiled),
+        "moved": around(compiled) / q,
+        "temporary": compiled.memory.temp_size_in_bytes / q,
+    }
+    words = f"XLA moves {found['moved']:.1f} q, temporaries {found['temporary']:.1f} q"
+    return words, wrong(what, grid[0], **found)
+
+
+def compiled_call(
+    compiler: Compiler, implementation: str, grid: tuple[int, int, int], passes: str
+) -> Compiled:
+    """The whole call in bfloat16, or its gradients."""
     import jax
     import jax.numpy as jnp
 
@@ -85,19 +101,11 @@ def measure(
     from .cases import all_gradients
 
     def call(q: Any, k: Any, v: Any) -> Any:
-        return vm.vmonarch_attention(q, k, v, grid=grid, implementation=what[1])
+        return vm.vmonarch_attention(q, k, v, grid=grid, implementation=implementation)
 
-    frames, height, width = grid
-    q = jax.ShapeDtypeStruct((1, frames * height * width, HEADS, DIM), jnp.bfloat16)
-    forward = what[2] == "forward"
-    compiled = compiler(call if forward else all_gradients(call), *[q] * (3 if forward else 4))
-    found = {
-        "calls": counted(compiled),
-        "moved": around(compiled) / (q.size * 2),
-        "temporary": compiled.memory.temp_size_in_bytes / (q.size * 2),
-    }
-    words = f"XLA moves {found['moved']:.1f} q, temporaries {found['temporary']:.1f} q"
-    return words, wrong(what, frames, **found)
+    q = jax.ShapeDtypeStruct((1, math.prod(grid), HEADS, DIM), jnp.bfloat16)
+    forward = passes == PASSES[0]
+    return compiler(call if forward else all_gradients(call), *[q] * (3 if forward else 4))
 
 
 def counted(compiled: Compiled) -> tuple[int, int, int]:
