@@ -263,6 +263,24 @@ def test_methods(method):
         method(block=(4, 2, 4), tile=(3, 2, 4))(X, X, X, grid=GRID)
 
 
+@pytest.mark.parametrize("wrong", ["vmonarch", vm.VMonarch, vm.AdaSpa, None])
+def test_what_is_no_method_value(wrong):
+    """A name, or the class where a value of it was meant."""
+    x = jnp.ones((1, 12, 2, 4))
+    words = "`method` must be a method value such as vm.VMonarch(), got "
+    for call in (
+        lambda: vm.attend(wrong, x, x, x, grid=(3, 2, 2)),
+        lambda: vm.init_state(wrong, (3, 2, 2), batch=1, heads=2, head_dim=4),
+        lambda: vm.Corrected(wrong),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == f"{words}{wrong!r}"
+    assert not vm.remembers(wrong)
+    with pytest.raises(TypeError, match="must be a method value, for example"):
+        vm.explain(wrong, (3, 2, 2))
+
+
 def test_dense_method_checks_its_grid():
     with raises("`seq` must equal frames*height*width = 24, got 20"):
         vm.Dense()(*[OTHER["short"]] * 3, grid=GRID)

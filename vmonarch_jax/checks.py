@@ -14,6 +14,13 @@ from .grid import VideoGrid, positive_int
 LAYOUT = "[batch, seq, heads, head_dim]"
 
 
+def method_value(method: Any) -> Any:
+    """The method, if it can be called on arrays: not a class, whose fields have no values yet."""
+    if isinstance(method, type) or not callable(method):
+        raise ValueError(f"`method` must be a method value such as vm.VMonarch(), got {method!r}")
+    return method
+
+
 def attention_inputs(query: Any, key: Any, value: Any, same_length: bool) -> tuple[Any, Any, Any]:
     """The three arrays, if they belong together."""
     arrays = {"query": query, "key": key, "value": value}

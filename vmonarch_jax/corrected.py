@@ -85,10 +85,7 @@ class Corrected:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if not callable(self.method):
-            raise ValueError(
-                f"`method` must be a method value such as vm.VMonarch(), got {self.method!r}"
-            )
+        checks.method_value(self.method)
         every = 10 if self.refresh_steps is None and self.every is None else self.every
         steps, every = refresh.check(self.refresh_steps, every)
         object.__setattr__(self, "refresh_steps", steps)

@@ -103,7 +103,7 @@ def attention(
     n = grid.tokens
     if isinstance(method, Dense):
         return 2 * n * n * (d + e) * heads
-    if isinstance(method, _Counted):
+    if isinstance(method, _Counted) and not isinstance(method, type):
         return method.matmul_flops(grid, heads=heads, head_dim=d, value_dim=e, step=step)
     if not isinstance(method, VMonarch):
         raise TypeError(f"`method` must be a method value, for example vm.VMonarch(), got {method}")

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from . import checks
 from .grid import VideoGrid, positive_int
 
 T = TypeVar("T")
@@ -60,7 +61,8 @@ def remembers(method: Any) -> bool:
         >>> vm.remembers(vm.AdaSpa()), vm.remembers(vm.VMonarch())
         (True, False)
     """
-    return isinstance(method, Remembering)
+    # a class has the methods of its values
+    return isinstance(method, Remembering) and not isinstance(method, type)
 
 
 def init_state(
@@ -88,13 +90,14 @@ def init_state(
         A pytree of arrays with the batch in front, or `None` for a method that remembers nothing.
 
     Raises:
-        ValueError: if a size is wrong, or the method does not fit the grid.
+        ValueError: if a size is wrong, the method does not fit the grid, or it is no method value.
 
     Example:
         >>> state = vm.init_state(vm.AdaSpa(), grid, batch=2, heads=12, head_dim=128)
         >>> for step in range(50):
         ...     out, state = vm.attend(method, q, k, v, grid=grid, state=state, step=step)
     """
+    checks.method_value(method)
     grid = VideoGrid.of(grid)
     sizes = {"batch": batch, "heads": heads, "head_dim": head_dim}
     sizes = {name: positive_int(name, size) for name, size in sizes.items()}
@@ -134,8 +137,9 @@ def attend(
         structure, shapes and dtypes.
 
     Raises:
-        ValueError: as the method itself; for a state without a step.
+        ValueError: as the method itself; for a state without a step, or no method value.
     """
+    checks.method_value(method)
     if state is None or not remembers(method):
         return method(query, key, value, grid=grid, **options), state
     if step is None:
