@@ -105,7 +105,7 @@ def _attend_mass_case(name: str, tokens: int, block: int) -> Case:
         dtype="bfloat16",
         build=functools.partial(_attend_mass, block, tokens),
         arguments=(array, array, array),
-        candidates=({"rows": 512, "keys": 8192}, {"rows": 1024, "keys": 4096}),
+        candidates=({"rows": 1024, "keys": 4096}, {"rows": 768, "keys": 8192}),
         name=f"{name} blocks of {block}",
     )
 
