@@ -94,11 +94,11 @@ def _run_finetune(args: argparse.Namespace) -> None:
         run_wan(args)
         return
     check_no_wan_options(args)
-    rank = None
-    if args.attention == "salad" and not args.full:
-        rank = _RANK if args.rank is None else args.rank
-    elif args.rank is not None:
-        raise ValueError(f"expected no --rank with --full, got {args.rank}")
+    rank = args.rank
+    if args.full and rank is not None:
+        raise ValueError(f"expected no --rank with --full, got {rank}")
+    if rank is None and args.attention == "salad" and not args.full:
+        rank = _RANK
     for name, value in {"workers": 0, **_TUNING}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -257,6 +257,13 @@ def test_commands(awake, tmp_path, capsys):
     moved = {name for name in stored if not np.array_equal(params[name], stored[name])}
     assert moved == {"blocks.0.attention.qkv.kernel", "blocks.0.attention.out.kernel"}
     assert np.abs(params["blocks.0.attention.linear_out.kernel"]).max() > 0
+    # the control: the same adapters under dense attention
+    dense = ["finetune", "--from", str(tmp_path / "plain"), "--attention", "dense", *run]
+    assert main([*dense, "--out", str(tmp_path / "control")]) == 0
+    config_of_control, params = load_params(tmp_path / "control" / "export")
+    assert config_of_control == config
+    moved = {name for name in stored if not np.array_equal(params[name], stored[name])}
+    assert moved == {"blocks.0.attention.qkv.kernel", "blocks.0.attention.out.kernel"}
     drop = ["--batches", "1", "--batch-size", "2", "--share", "1", *flags]
     smaller = tmp_path / "smaller"
     assert main(["drop-branches", "--from", str(out / "export"), "--out", str(smaller), *drop]) == 0

@@ -30,7 +30,7 @@ DATA_FLAGS = ("data", "size", "fps", "cache", "expert", "first_frame_share", "me
 _ONLY_HERE = (
     *DATA_FLAGS, "full", "rank", "alpha", "projections", "recompute", "no_linear_branch",
 )  # fmt: skip
-# Of these, what tuning the small model to SALAD takes too.
+# Of these, what tuning the small model takes too.
 _ADAPTERS = ("full", "rank")
 
 
@@ -46,13 +46,13 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
         "--full",
         action="store_true",
         default=None,
-        help="tune all weights, not LoRA adapters (also of a small model under salad)",
+        help="tune all weights, not LoRA adapters (with --from the default, but under salad)",
     )
     group.add_argument(
         "--rank",
         type=int,
         metavar="N",
-        help=f"of LoRA; default {LoRA.rank}, under salad with --from 16",
+        help=f"of LoRA; default {LoRA.rank}; with --from it asks for adapters, under salad 16",
     )
     group.add_argument("--alpha", type=float, metavar="A", help="of LoRA; default: the rank")
     group.add_argument(
@@ -99,9 +99,7 @@ def add_data_options(group: Any, cache: str) -> None:
 
 def check_no_wan_options(args: argparse.Namespace) -> None:
     """Raises `ValueError` for flags that only a Wan model has."""
-    salad = args.attention == "salad"
-    names = tuple(name for name in _ONLY_HERE if not (salad and name in _ADAPTERS))
-    none_of(args, names, "--from")
+    none_of(args, tuple(name for name in _ONLY_HERE if name not in _ADAPTERS), "--from")
 
 
 def run_wan(args: argparse.Namespace) -> None:
