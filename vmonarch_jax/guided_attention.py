@@ -64,7 +64,7 @@ def attend_chosen(
             jnp.zeros((*indices.shape[:2], m), bool), indices, True, axis=-1, inplace=False
         )
         # The TPU's L step has no room for a mask of pairs; XLA's serves on any device.
-        last = backend.l_last if backend.name == "reference" else l_xla.last
+        last = l_xla.last if backend.name == "pallas_tpu" else backend.l_last
         out, lse = last(q4, r.al, r.cl, r.ys[0], left_out=left_out, block_sizes=sizes)
         part = merge_attention([exact, Part(out.astype(v.dtype), lse)])
         part = (x.reshape(*lead, 1, m, b, -1) for x in part)

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 from ..block_sizes import BlockSizes
 from ..gpu.call import ROWS
 from ..gpu.checks import check
-from ..numerics import MASKED, TINY_MASS
-from . import gpu_backward, gpu_backward_long, gpu_forward
+from ..numerics import MASKED, TINY_MASS, scaled
+from . import gpu_backward, gpu_backward_long, gpu_forward, xla
 
 
 def last(
@@ -32,18 +32,16 @@ def last(
         out[l] = sum_k softmax_k(F) Y[k] ;  lse[l] = logsumexp_k F
 
     `out` has the dtype of `y`, lse is float32. `entries` says of how many entries of a batch the
-    groups are the heads; it changes only where arrays lie.
+    groups are the heads; it changes only where arrays lie. `left_out`: the pairs of a query and a
+    key block that are attended to elsewhere; the gradient without them is XLA's.
 
     Raises:
-        NotImplementedError: for a dtype or a size that the kernel cannot serve, for pairs that
-            are left out, and where there is no Hopper GPU.
+        NotImplementedError: for a dtype or a size that the kernel cannot serve, and where there
+            is no Hopper GPU.
     """
-    del block_sizes
     check(q, al, y)
     _check_lengths(q, al)
-    if left_out is not None:
-        raise NotImplementedError("the GPU kernel of the L step leaves out no pairs of blocks")
-    return _last((float(gain), entries), q, al, cl, y, key_blocks)
+    return _last((float(gain), entries, block_sizes), q, al, cl, y, key_blocks, left_out)
 
 
 def middle(
@@ -96,22 +94,34 @@ def _bias(cl: Float[Array, "g M n"], key_blocks: Bool[Array, "g M"] | None) -> A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _last(settings, q, al, cl, y, key_blocks):
-    gain, entries = settings
-    return gpu_forward.last(q, al, _bias(cl, key_blocks), y, gain=gain, entries=entries)
+def _last(settings, q, al, cl, y, key_blocks, left_out):
+    gain, entries, _ = settings
+    bias = _bias(cl, key_blocks)
+    return gpu_forward.last(q, al, bias, y, left_out, gain=gain, entries=entries)
 
 
-def _last_forward(settings, q, al, cl, y, key_blocks):
-    return _last(settings, q, al, cl, y, key_blocks), (q, al, cl, y, key_blocks)
+def _last_forward(settings, q, al, cl, y, key_blocks, left_out):
+    saved = q, al, cl, y, key_blocks, left_out
+    return _last(settings, *saved), saved
 
 
 def _last_backward(settings, saved: Any, gradient: Any):
-    gain, entries = settings
-    q, al, cl, y, key_blocks = saved
-    dq, dal, dcl, dy = backward_of(q, al).last_backward(
-        q, al, _bias(cl, key_blocks), y, *gradient, gain=gain, entries=entries
-    )
-    return dq, dal, dcl.astype(cl.dtype), dy, None
+    gain, entries, block_sizes = settings
+    q, al, cl, y, key_blocks, left_out = saved
+    if left_out is None:
+        dq, dal, dcl, dy = backward_of(q, al).last_backward(
+            q, al, _bias(cl, key_blocks), y, *gradient, gain=gain, entries=entries
+        )
+        return dq, dal, dcl.astype(cl.dtype), dy, None, None
+
+    def again(q, al, cl, y):
+        out, lse = xla.last(
+            q, scaled(al, gain), cl, y,
+            key_blocks=key_blocks, left_out=left_out, block_sizes=block_sizes,
+        )  # fmt: skip
+        return out.astype(y.dtype), lse
+
+    return *jax.vjp(again, q, al, cl, y)[1](gradient), None, None
 
 
 _last.defvjp(_last_forward, _last_backward)

@@ -42,8 +42,10 @@ from ..gpu.call import (
     line_memory,
     load_per_column,
     load_per_row,
+    load_square,
     round_up,
     send,
+    square_memory,
     store,
     tile_memory,
     tiles,
@@ -106,12 +108,14 @@ def last(
     al: Float[Array, "g M n d"],
     bias: Float[Array, "g M n"],
     y: Float[Array, "g M n e"],
+    left_out: Bool[Array, "g m M"] | None = None,
     gain: float = 1.0,
     entries: int = 1,
 ) -> tuple[Float[Array, "g m n e"], Float[Array, "g m n"]]:
     """`(out, lse)`: out in the dtype of `y`, lse in float32; zeros and -inf without any key.
 
-    The groups are the heads of `entries` entries of a batch.
+    Pairs of a query and a key block may be `left_out`, at all positions alike. The groups are the
+    heads of `entries` entries of a batch.
     """
     (g, m, n, d), blocks, e = q.shape, al.shape[1], y.shape[-1]
     heads, factor = g // entries, gain * LOG2E
@@ -119,12 +123,19 @@ def last(
     rows, keys = round_up(m, ROWS), round_up(blocks, panel)
     width = round_up(m, 4)
     line = round_up(keys, LINE)
-    way = plan(2 * (rows * d + keys * (d + e)) + 4 * line, 2 * ROWS * e + 4 * ROWS)
+    pairs = [] if left_out is None else [_pairs(left_out, rows, keys, q.dtype)]
+    way = plan(
+        2 * (rows * d + keys * (d + e) + len(pairs) * rows * keys) + 4 * line,
+        2 * ROWS * e + 4 * ROWS,
+        least=1 if pairs else 2,
+    )
 
-    def body(
-        q_ref, al_ref, y_ref, bias_ref, out_ref, lse_ref,
-        q_tiles, al_tiles, y_tiles, bias_lines, out_tiles, lse_lines, loaded,
-    ):  # fmt: skip
+    def body(*refs: Any):
+        q_ref, al_ref, y_ref, bias_ref, *refs = refs
+        pairs_ref: Any = refs.pop(0) if pairs else None
+        out_ref, lse_ref, q_tiles, al_tiles, y_tiles, bias_lines, out_tiles, lse_lines, *refs = refs
+        pairs_lines: Any = refs.pop(0) if pairs else None
+        (loaded,) = refs
         q_tiles, al_tiles, y_tiles, out_tiles = map(tiles, (q_tiles, al_tiles, y_tiles, out_tiles))
 
         def load(group, position, slot):
@@ -134,6 +145,8 @@ def last(
             ):  # fmt: skip
                 fetch(ref, rows_of(group, position, 0, length, heads), to.at(slot), barrier)
             plgpu.copy_gmem_to_smem(bias_ref.at[group, position], bias_lines.at[slot], barrier)
+            if pairs:
+                plgpu.copy_gmem_to_smem(pairs_ref.at[group], pairs_lines.at[slot], barrier)
 
         def compute(step, group, position, slot):
             bias = load_per_column(bias_lines.at[slot, pl.ds(0, keys)])
@@ -141,6 +154,9 @@ def last(
                 queries = q_tiles.at(slot).rows(tile * ROWS, ROWS)
                 x = dot_transposed(queries, al_tiles.at(slot))
                 x = x * factor + by_column(bias, x.shape)
+                if pairs:
+                    out = load_square(pairs_lines.at[slot, pl.ds(tile * ROWS, ROWS)])
+                    x = x + out.astype(jnp.float32) * -MASKED
                 top = jnp.maximum(x.max(axis=1), LOWEST)
                 p = jnp.exp2(x - by_row(top, x.shape))
                 total = p.sum(axis=1)
@@ -177,11 +193,14 @@ def last(
             line_memory((way.stages, line)),
             tile_memory((way.results,), ROWS, e, y.dtype, panel),
             line_memory((way.results, ROWS)),
-            plgpu.Barrier(num_arrivals=2 * d // PANEL + e // panel + 1, num_barriers=way.stages),
+            *[square_memory((way.stages, rows, keys), q.dtype, panel) for _ in pairs],
+            plgpu.Barrier(
+                num_arrivals=2 * d // PANEL + e // panel + 1 + len(pairs), num_barriers=way.stages
+            ),
         ),
         flops=2 * g * n * m * blocks * (d + e),
         moved=2 * g * n * (m * (d + e) + blocks * (d + e)) + 4 * g * n * (line + width),
-    )(*(rows_first(x, entries) for x in (q, al, y)), position_lines(bias * LOG2E, line))
+    )(*(rows_first(x, entries) for x in (q, al, y)), position_lines(bias * LOG2E, line), *pairs)
     return groups_first(out[:, :m]), lse[..., :m].swapaxes(1, 2)
 
 
@@ -283,6 +302,14 @@ def middle(
         moved=2 * g * n * d * (m + 2 * blocks) + g * n * lines,
     )(*(rows_first(x, entries) for x in (q, al)), position_lines(bias * LOG2E, key_line), *extra)
     return groups_first(qt[:, :blocks])
+
+
+def _pairs(
+    left_out: Bool[Array, "g m M"], rows: int, keys: int, dtype: Any
+) -> Float[Array, "g rows keys"]:
+    """-1 for each pair that is left out, else 0."""
+    _, m, blocks = left_out.shape
+    return -jnp.pad(left_out, ((0, 0), (0, rows - m), (0, keys - blocks))).astype(dtype)
 
 
 def walk(

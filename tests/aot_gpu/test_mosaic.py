@@ -68,6 +68,14 @@ def test_l_step(size, step):
     check(middle, array, array, line, products=8)
 
 
+@pytest.mark.parametrize("frames", [21, 128])
+def test_l_step_that_leaves_out_pairs(frames):
+    array = jax.ShapeDtypeStruct((12, frames, 1560, 128), "bfloat16")
+    line = jax.ShapeDtypeStruct((12, frames, 1560), jnp.float32)
+    pairs = jax.ShapeDtypeStruct((12, frames, frames), bool)
+    check(gpu_forward.last, array, array, line, array, pairs, products=16)
+
+
 @pytest.mark.parametrize("size", L_STEPS)
 @pytest.mark.parametrize("step", ["last", "middle"])
 def test_l_step_backward(size, step):
