@@ -35,6 +35,13 @@ from .cases import all_gradients, table
 ROUTES = ("cudnn", "pallas_gpu")
 GRIDS = ((16, 28, 52), (20, 28, 52), (46, 28, 52), (81, 28, 52))
 TILED_GRID = (21, 45, 80)
+SPARSE_GRID = (21, 30, 52)
+# Neighbouring blocks keep much the same keys in a window, hardly so where random keys are the best.
+SPARSE = (
+    vm.SlidingWindow(sparsity=0.9, block_size=64),
+    vm.SlidingWindow(sparsity=0.9, block_size=128),
+    vm.Salad(sparse="top_k", sparsity=0.9, block_size=64),
+)
 HEADS, DIM = 12, 128
 # A turn takes about this long, of as many runs as fit.
 TURN = 0.05
@@ -61,6 +68,10 @@ def checks(small: bool) -> Iterator[Check]:
         yield sized("VMonarch", vm.VMonarch(), (5, *frame))
         yield sized("dense", vm.Dense(), (3, *frame))
         yield sized("tiled Monarch", vm.TiledMonarch(entropy_gradient=True), (2, *frame))
+        for method in SPARSE[:2]:
+            yield sized(f"blocks of {method.block_size}, window", method, (3, *frame))
+    yield Check("blocks of 64, best keys", SPARSE[2], (3, *frame), dim=dim)
+    yield Check("dense with masses", dense_with_masses, (3, *frame), dim=dim)
     yield Check("VMonarch, many frames", vm.VMonarch(steps=3), (81, 4, 6), dim=dim)
     yield Check(
         "VMonarch, gradient of the entropy",
@@ -79,6 +90,20 @@ def checks(small: bool) -> Iterator[Check]:
     yield Check("VMonarch, large scores", vm.VMonarch(), (5, *frame), dim=dim, spread=3.0)
     if not small:
         yield Check("VMonarch, heads of 64", vm.VMonarch(), (5, *frame), dim=64)
+
+
+def dense_with_masses(
+    q: Any, k: Any, v: Any, *, grid: Any, implementation: str, return_lse: bool
+) -> tuple[Any, Any]:
+    """Sums of values weighted by the masses of their blocks, and the log-sum-exp."""
+    del grid, return_lse
+    block = 64
+    _, lse, mass = vm.dense_attention_mass(q, k, v, block, implementation=implementation)
+    length = q.shape[1]
+    padded = jnp.pad(v, ((0, 0), (0, -length % block), (0, 0), (0, 0))).astype(mass.dtype)
+    sums = padded.reshape(v.shape[0], -1, block, *v.shape[2:]).sum(2)
+    mixed = jnp.einsum("zhpc,zche->zphe", mass, sums, precision="highest")
+    return jnp.repeat(mixed, block, axis=1)[:, :length], lse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,7 +223,8 @@ def compare(check: Check, route: str, arrays: Any, bars: Any, wanted: Any) -> di
 
 def _timed(routes: Any, rounds: int, until: float) -> Iterator[dict[str, Any]]:
     todo = [(grid, vm.VMonarch(), backward) for backward in (False, True) for grid in GRIDS]
-    todo.insert(len(GRIDS), (TILED_GRID, vm.TiledMonarch(), False))
+    sparse = [(SPARSE_GRID, method, backward) for backward in (False, True) for method in SPARSE]
+    todo[len(GRIDS) : len(GRIDS)] = [(TILED_GRID, vm.TiledMonarch(), False), *sparse]
     for grid, method, backward in todo:
         if time.monotonic() > until:
             print(f"skipped for want of time: {method}, {grid}, backward {backward}", flush=True)
@@ -237,6 +263,8 @@ def timed(
     for name, function in functions.items():
         call = jax.jit(all_gradients(function) if backward else function)
         kind = "dense" if name == "dense" else type(method).__name__
+        if kind != "dense" and hasattr(method, "block_size"):
+            kind += f", blocks of {method.block_size}"
         row: dict[str, Any] = {"name": name, "grid": grid, "backward": backward, "method": kind}
         rows.append(row)
         try:
