@@ -71,7 +71,7 @@ def checks(small: bool) -> Iterator[Check]:
         for method in SPARSE[:2]:
             yield sized(f"blocks of {method.block_size}, window", method, (3, *frame))
     yield Check("blocks of 64, best keys", SPARSE[2], (3, *frame), dim=dim)
-    yield Check("dense with masses", dense_with_masses, (3, *frame), dim=dim)
+    yield Check("masses of blocks", dense_with_masses, (3, *frame), dim=dim)
     yield Check("VMonarch, many frames", vm.VMonarch(steps=3), (81, 4, 6), dim=dim)
     yield Check(
         "VMonarch, gradient of the entropy",
