@@ -20,27 +20,23 @@ HEADS, DIM = 12, 128
 
 PASSES = ("forward", "forward + backward")
 
-# The most frames whose L steps have gradients by this library's kernels; beyond, XLA has them.
-SHORT = 64
-
-# Calls of cuDNN forward, backward, and of this library's kernels where there are any (Hopper), up
-# to and beyond `SHORT`. R steps: the first, then the last (cuDNN's: with values K, with values V);
-# dense rows; two L steps.
+# Calls of cuDNN forward, backward, and of this library's kernels where there are any (Hopper). R
+# steps: the first, then the last (cuDNN's: with values K, with values V); dense rows; two L steps.
 CALLS = {
-    ("cudnn", "forward"): (4, 0, (2, 2)),
-    ("cudnn", "forward + backward"): (4, 4, (4, 2)),
-    ("pallas_gpu", "forward"): (0, 0, (5, 5)),
-    ("pallas_gpu", "forward + backward"): (0, 1, (9, 9)),
+    ("cudnn", "forward"): (4, 0, 2),
+    ("cudnn", "forward + backward"): (4, 4, 4),
+    ("pallas_gpu", "forward"): (0, 0, 5),
+    ("pallas_gpu", "forward + backward"): (0, 1, 9),
 }
 # The most that XLA may read and write around the kernels, and the most temporary memory, both in
-# multiples of q, up to and beyond `SHORT`: a tenth above what was measured.
+# multiples of q: a tenth above what was measured.
 LIMITS = {
-    ("h100", "cudnn", "forward"): ((17, 5), (16, 4.6)),
-    ("h100", "cudnn", "forward + backward"): ((46, 13.5), (166, 23.5)),
-    ("h100", "pallas_gpu", "forward"): ((10.4, 5.5), (10.2, 5.5)),
-    ("h100", "pallas_gpu", "forward + backward"): ((28.4, 9), (28, 9)),
-    ("a100", "cudnn", "forward"): ((47, 6.1), (47, 7.6)),
-    ("a100", "cudnn", "forward + backward"): ((162, 20.6), (170, 24)),
+    ("h100", "cudnn", "forward"): (17, 5),
+    ("h100", "cudnn", "forward + backward"): (46, 13.5),
+    ("h100", "pallas_gpu", "forward"): (10.4, 5.5),
+    ("h100", "pallas_gpu", "forward + backward"): (28.4, 9),
+    ("a100", "cudnn", "forward"): (47, 7.6),
+    ("a100", "cudnn", "forward + backward"): (170, 24),
 }
 
 
@@ -86,7 +82,7 @@ def measure(
         "temporary": compiled.memory.temp_size_in_bytes / q,
     }
     words = f"XLA moves {found['moved']:.1f} q, temporaries {found['temporary']:.1f} q"
-    return words, wrong(what, grid[0], **found)
+    return words, wrong(what, **found)
 
 
 def compiled_call(
@@ -123,19 +119,18 @@ def around(compiled: Compiled) -> int:
 
 def wrong(
     what: tuple[str, str, str],
-    frames: int,
     *,
     calls: tuple[int, int, int],
     moved: float,
     temporary: float,
 ) -> list[str]:
     """What is not as it should be."""
-    problems, many = [], int(frames > SHORT)
+    problems = []
     forward, backward, ours = CALLS[what[1:]]
-    expected = (forward, backward, ours[many] if what[0] == "h100" else 0)
+    expected = (forward, backward, ours if what[0] == "h100" else 0)
     if calls != expected:
         problems.append(f"expected {expected} calls (cuDNN, its backward, ours), got {calls}")
-    most_moved, most_temporary = LIMITS[what][many]
+    most_moved, most_temporary = LIMITS[what]
     if moved > most_moved:
         problems.append(f"XLA moves {moved:.1f} times q, more than {most_moved}")
     if temporary > most_temporary:
