@@ -1,9 +1,9 @@
 """The R step on a Hopper GPU: one kernel with `[K | V]` as its values, and one for the gradient.
 
-Backward that is 7 products of rows x keys x d, where cuDNN makes two calls of 5, whose gradients of
-K and of the mean queries are then added up. Without V it is 5 by either, and here no pass over
-arrays to scale and to add them. Where the kernel can't take values (more than registers hold),
-cuDNN does; where neither can, that of "xla", which computes everything again.
+The latter makes 7 products of rows x keys x d, where cuDNN makes two calls of 5. Without V it is 5
+by either: there cuDNN's goes first, because ours has not been timed. Each stands in where the other
+can't take values; where neither can, the gradient is that of "xla", which computes everything
+again.
 """
 
 import functools
@@ -83,13 +83,14 @@ def _backward(scale, entropy_gradient, form, block_sizes, saved: Any, gradient: 
     qt, k, values, _ = saved
     entries, unscaled = form
     gains = (1.0 if unscaled else scale, *(1.0 for _ in values))
-    if not unserved(k, values, scale=scale, gains=gains, shared=True):
+    ours = not unserved(k, values, scale=scale, gains=gains, shared=True)
+    by_library = not library.unserved(by_frame(qt, entries), k, values)
+    if ours or by_library:
+        kernel = functools.partial(softmax_rows_backward, shared=True, name="r_step_backward")
+        gradients = kernel if ours and (values or not by_library) else None
         return cudnn.backward_of_step(
-            scale, entropy_gradient, saved, gradient, entries, unscaled,
-            functools.partial(softmax_rows_backward, shared=True, name="r_step_backward"),
-        )  # fmt: skip
-    if not library.unserved(by_frame(qt, entries), k, values):
-        return cudnn.backward_of_step(scale, entropy_gradient, saved, gradient, entries, unscaled)
+            scale, entropy_gradient, saved, gradient, entries, unscaled, gradients
+        )
 
     def again(qt, k, values):
         step = xla.r_step(
