@@ -20,6 +20,13 @@ from . import mode
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
+# Row maxima are raised to this: far above a masked score, so that a row with every key masked
+# sums to zero, and far below any real one.
+LOWEST = -1e29
+
+# Least sum that a row is divided by; a real row's largest term is 1.
+TINY_SUM = 1e-30
+
 # wgmma takes rows in multiples of this, one warpgroup's worth.
 ROWS = 64
 

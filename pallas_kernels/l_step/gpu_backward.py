@@ -24,8 +24,10 @@ from jaxtyping import Array, Bool, Float
 from ..gpu.call import (
     LINE,
     LOG2E,
+    LOWEST,
     PANEL,
     ROWS,
+    TINY_SUM,
     Tiles,
     add_dot,
     by_column,
@@ -47,8 +49,6 @@ from ..gpu.call import (
 from ..gpu.order import groups_first, rows_first
 from ..numerics import MASKED
 from .gpu_forward import (
-    LOWEST,
-    TINY_SUM,
     Plan,
     blocks_of_threads,
     plan,

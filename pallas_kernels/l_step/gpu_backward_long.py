@@ -26,8 +26,10 @@ from jaxtyping import Array, Bool, Float
 from ..gpu import mode
 from ..gpu.call import (
     LOG2E,
+    LOWEST,
     PANEL,
     ROWS,
+    TINY_SUM,
     Tiles,
     by_column,
     by_row,
@@ -45,7 +47,7 @@ from ..gpu.call import (
 )
 from ..gpu.order import groups_first, rows_first
 from ..gpu.turned import products, store_turned
-from .gpu_forward import LOWEST, TINY_SUM, position_lines, rows_of
+from .gpu_forward import position_lines, rows_of
 
 # Warpgroups of a position, each with `ROWS` queries and `ROWS` key blocks.
 WORKERS = 2

@@ -30,8 +30,10 @@ from ..gpu.call import (
     LINE,
     LN2,
     LOG2E,
+    LOWEST,
     PANEL,
     ROWS,
+    TINY_SUM,
     by_column,
     by_row,
     column_numbers,
@@ -61,13 +63,6 @@ HALF_PANEL = 32
 
 # The columns of a product are a multiple of this.
 COLUMNS = 8
-
-# Row maxima are raised to this: far above a masked score, so that a row with every key masked
-# sums to zero, and far below any real one.
-LOWEST = -1e29
-
-# Least sum that a row is divided by; a real row's largest term is 1.
-TINY_SUM = 1e-30
 
 # Shared memory that is left for the compiler's own use, in bytes.
 SPARE = 4096
