@@ -65,5 +65,15 @@ def test_errors():
     layer, x = layer_and_input()
     with pytest.raises(ValueError, match=r"frames\*height\*width = 12, got 24"):
         layer(x, grid=(3, 2, 2))
+    with pytest.raises(
+        ValueError, match=r"`x` must be \[batch, seq, dim = 16\], got shape \(2, 24, 6\)"
+    ):
+        layer(x[..., :6], grid=(4, 3, 2))
+    with pytest.raises(
+        ValueError, match=r"`x` must be \[batch, seq, dim = 16\], got shape \(24, 16\)"
+    ):
+        layer(x[0], grid=(4, 3, 2))
+    with pytest.raises(ValueError, match="`rotate` must keep the shape"):
+        layer(x, grid=(4, 3, 2), rotate=lambda y: y[:, :1])
     with pytest.raises(AttributeError, match="no attribute 'moe'"):
         vm.moe  # noqa: B018

@@ -330,6 +330,10 @@ def test_explain_says_what_is_kept():
             r"`feature_map` must be one of \['elu', 'relu'\], got 'gelu'",
         ),
         (
+            lambda: vm.linear_attention(*inputs((2, 3, 4))[0], rotate=lambda x: x[:, :1]),
+            r"`rotate` must keep the shape \(2, 24, ",
+        ),
+        (
             lambda: vm.nn.SaladAttention(16, 2, feature_map="gelu", rngs=nnx.Rngs(0)),
             r"`feature_map` must be one of \['elu', 'relu'\], got 'gelu'",
         ),

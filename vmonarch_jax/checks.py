@@ -21,6 +21,16 @@ def method_value(method: Any) -> Any:
     return method
 
 
+def rotated(rotate: Any, array: Any) -> Any:
+    """`rotate(array)`, if that keeps its shape."""
+    turned = rotate(array)
+    if jnp.shape(turned) != array.shape:
+        raise ValueError(
+            f"`rotate` must keep the shape {array.shape} of what it turns, got {jnp.shape(turned)}"
+        )
+    return turned
+
+
 def attention_inputs(query: Any, key: Any, value: Any, same_length: bool) -> tuple[Any, Any, Any]:
     """The three arrays, if they belong together."""
     arrays = {"query": query, "key": key, "value": value}

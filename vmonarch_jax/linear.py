@@ -77,7 +77,7 @@ def linear_attention(
         "znhd,zhd->znh", q.astype(wide), k.mean(1, dtype=wide), precision=precision(wide)
     )
     if rotate is not None:
-        q, k = rotate(q).astype(dtype), rotate(k).astype(dtype)
+        q, k = (checks.rotated(rotate, x).astype(dtype) for x in (q, k))
     state = jnp.einsum("zshd,zshe->zhde", k, value, **exact) / key.shape[1]
     # The state is the sum over all tokens: what is rounded here is rounded for every query.
     out = jnp.einsum("znhd,zhde->znhe", q.astype(wide), state, precision=precision(wide))

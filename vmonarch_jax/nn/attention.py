@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .. import checks
 from ..grid import Shape3, VideoGrid, positive_int
 from ..memory import Step, attend
 from ..methods import Attention, VMonarch
@@ -83,15 +84,17 @@ class VideoSelfAttention(nnx.Module):
             step: the denoising step, from 0; needed with a state.
 
         Raises:
-            ValueError: if `x` does not fit the grid.
+            ValueError: if `x` does not fit the layer or the grid, or `rotate` changes a shape.
         """
-        grid = VideoGrid.of(grid)
+        grid, dim = VideoGrid.of(grid), self.qkv.in_features
+        if jnp.ndim(x) != 3 or x.shape[-1] != dim:
+            raise ValueError(f"`x` must be [batch, seq, dim = {dim}], got shape {jnp.shape(x)}")
         q, k, v = einops.rearrange(
             self.qkv(x), "z n (three h d) -> three z n h d", three=3, h=self.heads
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        turned = (q, k) if rotate is None else (rotate(q), rotate(k))
+        turned = (q, k) if rotate is None else [checks.rotated(rotate, y) for y in (q, k)]
         method = self.attention if attention is None else attention
         at_q, at_k = (y.astype(v.dtype) for y in turned)
         out, after = attend(method, at_q, at_k, v, grid=grid, state=state, step=step)
