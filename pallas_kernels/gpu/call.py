@@ -5,6 +5,7 @@ ordinary product of what the references hold: JAX's interpreter takes the copies
 the threads, but no register layouts and no accumulators that start from a value.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -268,32 +269,38 @@ def full(shape: tuple[int, ...], value: float) -> Array:
     return plgpu.layout_cast(made, layout)
 
 
+def _load(ref: Any, layout: Any) -> Array:
+    # JAX 0.10 wants an index too, 0.12 knows none.
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout)
+
+
 def load_panel(matrix: Tiles, panel: int) -> Array:
     """A panel in registers, laid out as a product's."""
     if mode.interpreting() is not None:
         return matrix.tiled[panel]
-    return plgpu.load(matrix.tiled.at[panel], (), layout=plgpu.Layout.WGMMA)
+    return _load(matrix.tiled.at[panel], plgpu.Layout.WGMMA)
 
 
 def load_square(ref: Any) -> Array:
     """Lines of shared memory in registers, laid out as a product's, a line a row."""
     if mode.interpreting() is not None:
         return ref[...]
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA)
+    return _load(ref, plgpu.Layout.WGMMA)
 
 
 def load_per_row(ref: Any) -> Array:
     """A number for each row of a product, from a line of shared memory."""
     if mode.interpreting() is not None:
         return ref[...]
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1))
+    return _load(ref, plgpu.Layout.WGMMA.reduce(1))
 
 
 def load_per_column(ref: Any) -> Array:
     """A number for each column of a product, from a line of shared memory."""
     if mode.interpreting() is not None:
         return ref[...]
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(0))
+    return _load(ref, plgpu.Layout.WGMMA.reduce(0))
 
 
 def by_row(x: Float[Array, "n"], shape: tuple[int, ...]) -> Float[Array, "n m"]:
