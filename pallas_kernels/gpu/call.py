@@ -186,7 +186,7 @@ def dots_transposed(
     def compute(*accumulators: Any) -> list[Array]:
         for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
             for i in range(a.panels):
-                plgpu.wgmma(accumulator, a.tiled.at[i], plgpu.transpose_ref(b.tiled.at[i], (1, 0)))
+                plgpu.wgmma(accumulator, a.tiled.at[i], b.tiled.at[i].transpose((1, 0)))
         then()
         return [accumulator[...] for accumulator in accumulators]
 

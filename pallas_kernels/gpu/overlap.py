@@ -38,8 +38,8 @@ class Running:
                 precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
             )  # fmt: skip
             return
-        a = plgpu.transpose_ref(a, (1, 0)) if turn_a else a
-        b = plgpu.transpose_ref(b, (1, 0)) if turn_b else b
+        a = a.transpose((1, 0)) if turn_a else a
+        b = b.transpose((1, 0)) if turn_b else b
         plgpu.wgmma(self._sum, a, b)
 
     def read(self, in_flight: int) -> Float[Array, "n m"]:

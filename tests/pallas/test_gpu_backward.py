@@ -145,6 +145,23 @@ def test_under_vmap():
         assert_close(x, jnp.stack(wanted), "float32", "forward")
 
 
+def test_traces_for_a_gpu():
+    """What is compiled is another launch than what is interpreted; here also under vmap."""
+    q = jax.ShapeDtypeStruct((3, 1, 1, 130, 128), "bfloat16")
+    line = jax.ShapeDtypeStruct(q.shape[:-1], "float32")
+
+    def one(q, lse):
+        return gpu_backward.softmax_rows_backward(
+            q, q, (q,), (q, q), lse, (q, q), lse,
+            scale=0.1, gains=(0.1, 1.0), shared=True, name="traced",
+        )  # fmt: skip
+
+    with mode.interpreted(None), mode.compiling_for_hopper(), mode.recording() as launches:
+        dq, dk, (dv,) = jax.eval_shape(jax.vmap(one), q, line)
+    assert {(x.shape, x.dtype) for x in (dq, dk, dv)} == {(q.shape, q.dtype)}
+    assert [x.blocks for x in launches[-1:]] == [3 * 2]
+
+
 def test_what_it_leaves_to_others():
     k = jnp.zeros((1, 1, 8, 64), "bfloat16")
     reason = functools.partial(gpu_backward.unserved, k, scale=1.0, shared=False)
