@@ -78,6 +78,11 @@ def chunk(g: int, n: int, each: int, most: int) -> tuple[int, int]:
     """
     tiles, fit = round_up(n, ROWS) // ROWS, max(1, most // (each * ROWS))
     if tiles <= fit:
-        return max(x for x in range(1, g + 1) if g % x == 0 and x * tiles <= fit), tiles * ROWS
+        return divisor(g, fit // tiles), tiles * ROWS
     parts = -(-tiles // fit)
     return 1, -(-tiles // parts) * ROWS
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`; 1 at least."""
+    return max(x for x in range(1, max(1, min(number, most)) + 1) if number % x == 0)

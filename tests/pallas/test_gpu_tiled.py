@@ -12,8 +12,10 @@ from pallas.attention_inputs import arrays, oracle_gradient
 from tolerances import assert_close
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.gpu import mode
-from vmonarch_jax.pallas_kernels.tiled import gpu_forward, reference
+from vmonarch_jax.pallas_kernels.l_step import reference as l_reference
+from vmonarch_jax.pallas_kernels.tiled import gpu, gpu_forward, reference
 from vmonarch_jax.pallas_kernels.tiled.gpu import tiled
+from vmonarch_jax.pallas_kernels.tiled.gpu_l_step_backward import l_step_backward
 
 import vmonarch_jax as vm
 
@@ -77,20 +79,50 @@ def test_chunks(groups, n, most, expected):
     assert gpu_forward.chunk(groups, n, 483_840, most) == expected
 
 
+# Blocks, key blocks, positions, head dim, value dim: one step of keys and a tail; slots used again.
+L_STEPS = [(5, 70, 1, 64, 64), pytest.param((3, 200, 2, 64, 128), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size", L_STEPS)
+def test_gradients_of_the_l_step(size):
+    m, blocks, n, d, e = size
+    shapes = [(1, m, n, d), (1, blocks, n, d), (1, blocks, n, e), (1, m, n, e)]
+    q, al, y, dout = arrays(shapes, "bfloat16")
+    al = (2 * d**-0.5 * al).astype(al.dtype)
+    cl, dlse = arrays([(1, blocks, n), (1, m, n)], "float32", 1)
+    cl = -3 * jnp.abs(cl)
+    out, lse = l_reference.last(*(x.astype(jnp.float32) for x in (q, al, cl, y)))
+    delta = (dout.astype(jnp.float32) * out).sum(-1) - dlse
+    found = l_step_backward(q, al, cl, y, lse, dout, delta)
+    wanted = oracle_gradient(l_reference.last, (q, al, cl, y), (dout, dlse))
+    for name, x, expected in zip(("dq", "daL", "dcL", "dY"), found, wanted, strict=True):
+        assert_close(x, expected, "bfloat16", "gradient", name)
+
+
+# With how many bytes at once: the second takes a group and a query tile at a time.
+GRADIENTS = [
+    ((1, 2, 2, 2, 2, 64, 64), False, "xla", None),
+    ((2, 2, 2, 1, 2, 64, 64), True, "kernels", 1),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("entropy_gradient", [False, True])
-def test_gradients_of_a_known_result(entropy_gradient):
-    """No kernel of this room runs: the result is given. The gradient must be the attention's."""
-    q, k, v = inputs((1, 2, 2, 2, 3, 64, 64), "bfloat16")
+@pytest.mark.parametrize(("shape", "entropy_gradient", "by", "size"), GRADIENTS, ids=str)
+def test_gradients_of_a_known_result(monkeypatch, shape, entropy_gradient, by, size):
+    """Forward no kernel runs: the result is given. The gradient must be the attention's."""
+    if by == "xla":
+        monkeypatch.setattr(gpu, "LONGEST", 0)
+    q, k, v = inputs(shape, "bfloat16")
     settings = {"scale": 0.125, "entropy_gradient": entropy_gradient}
     known = reference.tiled(q, k, v, **settings)
     cotangents = arrays([q.shape], "bfloat16", 3)[0], arrays([q.shape[:-1]], "float32", 4)[0]
-    one = functools.partial(tiled, **settings, known=known, block_sizes=BlockSizes())
+    sizes = BlockSizes(copy_bytes=size)
+    one = functools.partial(tiled, **settings, known=known, block_sizes=sizes)
     with cudnn_stand_in.standing_in():
         found = jax.vjp(one, q, k, v)[1](cotangents)
     wanted = oracle_gradient(functools.partial(reference.tiled, **settings), (q, k, v), cotangents)
     for x, expected in zip(found, wanted, strict=True):
-        assert_close(x, expected, "bfloat16", "gradient")
+        assert_close(x, expected, "bfloat16", "gradient", by)
 
 
 def test_the_whole_method():
@@ -105,6 +137,18 @@ def test_the_whole_method():
     )
     assert_close(out, part.out, "bfloat16", "forward", "out")
     assert_close(lse, part.lse, "bfloat16", "lse", "lse")
+
+
+@pytest.mark.slow
+def test_vmap():
+    q, k, v = inputs((2, 1, 2, 2, 3, 64, 64), "bfloat16")
+    one = functools.partial(tiled, scale=0.125, block_sizes=BlockSizes())
+    out, lse = jax.vmap(one)(*(x[:, None] for x in (q, k, v)))
+    expected, expected_lse = reference.tiled(
+        *(x.astype(jnp.float32) for x in (q, k, v)), scale=0.125
+    )
+    assert_close(out[:, 0], expected, "bfloat16", "forward", "out")
+    assert_close(lse[:, 0], expected_lse, "bfloat16", "lse", "lse")
 
 
 def test_refusals():
