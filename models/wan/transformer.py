@@ -195,7 +195,7 @@ class WanTransformer(nnx.Module):
         """
         if not self.config.linear_layers:
             raise ValueError("expected a model with linear branches, got linear_layers ()")
-        found = self._run(
+        found: Any = self._run(
             latents, time, text, image, attention, EMPTY, None, sharding, measured=True
         )
         return found[2][np.array(self.config.linear_layers)].T
