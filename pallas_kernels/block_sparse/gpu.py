@@ -98,12 +98,16 @@ def _check(block: int, *arrays: Array) -> None:
             f"GPU kernels take blocks of {' or '.join(map(str, gpu_walk.BLOCKS))} tokens, "
             f"got {block}"
         )
+    if arrays[0].shape[0] > gpu_walk.MOST_GROUPS:
+        raise NotImplementedError(
+            f"GPU kernels take at most {gpu_walk.MOST_GROUPS} groups, got {arrays[0].shape[0]}"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static, q, k, v, keep):
     block, length, scale, kept = static
-    order = gpu_walk.schedule(keep, block, length)
+    order = gpu_walk.schedule(keep, block, length, block)
     return forward(q, k, v, order, block=block, scale=scale, kept=kept)
 
 

@@ -71,8 +71,8 @@ def backward(
     lse = jnp.where(empty, NO_KEYS, lse * LOG2E)
     arrays = q, k, v, dout.astype(q.dtype), *(_whole_tiles(x) for x in (lse, delta))
     how: dict[str, Any] = {"block": block, "scale": scale, "kept": kept}
-    dq = _of_queries(*arrays, gpu_walk.schedule(keep, block, length), **how)
-    dk, dv = _of_keys(*arrays, gpu_walk.schedule(keep.swapaxes(1, 2), block, n), **how)
+    dq = _of_queries(*arrays, gpu_walk.schedule(keep, block, length, ROWS), **how)
+    dk, dv = _of_keys(*arrays, gpu_walk.schedule(keep.swapaxes(1, 2), block, n, ROWS), **how)
     if length < s:
         dk, dv = (x.at[:, length:].set(0) for x in (dk, dv))
     return dq, dk, dv
@@ -81,12 +81,12 @@ def backward(
 def _of_queries(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> Array:
     """`dq`: each tile of 128 queries walks over the key blocks that it keeps."""
     (g, n, d), e = q.shape, v.shape[-1]
-    plan = gpu_walk.plan(block, 2 * block * (d + e), 2 * TILE * (d + e))
+    plan = gpu_walk.plan(block, 2 * ROWS * (d + e), 2 * TILE * (d + e))
     factor = scale * LOG2E
 
     def body(
         q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, order_ref, numbers_ref, dq_ref,
-        q_memory, dout_memory, lines, own_loaded, loaded, released, k_memory, v_memory,
+        q_memory, dout_memory, k_memory, v_memory, lines, own_loaded, loaded, released,
     ):  # fmt: skip
         keys, values = tiles(k_memory), tiles(v_memory)
 
@@ -98,19 +98,23 @@ def _of_queries(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> Arra
             plgpu.copy_gmem_to_smem(lse_ref.at[index], lines.at[worker, 0], barrier)
             plgpu.copy_gmem_to_smem(delta_ref.at[index], lines.at[worker, 1], barrier)
             plgpu.barrier_wait(barrier)
-            of_rows = load_per_row(lines.at[worker, 0]), load_per_row(lines.at[worker, 1])
+            lse, shift = load_per_row(lines.at[worker, 0]), load_per_row(lines.at[worker, 1])
+            way = Walk(plan, numbers, worker, loaded, released)
 
-            def add(slot, start, limit, sums, then):
-                lse, shift = of_rows
-                here, values_here = (x.at(slot).rows(start, ROWS) for x in (keys, values))
+            def add(slot, sums, then, limit=None):
+                here, values_here = keys.at(slot), values.at(slot)
                 x, dp = dots_transposed([(queries, here), (douts, values_here)])
-                p = jnp.exp2(_masked(x * factor, limit) - by_row(lse, x.shape))
+                if limit is not None:
+                    x = jnp.where(column_numbers(x.shape) < limit, x, -jnp.inf)
+                p = jnp.exp2(x * factor - by_row(lse, x.shape))
                 ds = (p * (dp - by_row(shift, p.shape))).astype(k.dtype)
                 ds, sums = lax.optimization_barrier((ds, sums))
                 return add_dots(sums, [(ds, [here])], then=then)
 
-            way = Walk(plan, numbers, worker, loaded, released)
-            sums = way.run_in_pieces(add, _zeros(d))
+            sums = way.run(
+                lambda slots, sums, then: add(slots[0], sums, then),
+                first=lambda slot, then: add(slot, [], then, way.limit),
+            )
             store([x * scale for x in sums], queries)
             plgpu.commit_smem()
             send(queries, dq_ref, index)
@@ -118,28 +122,27 @@ def _of_queries(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> Arra
             plgpu.wait_smem_to_gmem(0)
 
         def copy(group, slot, start):
-            index = (group, pl.ds(start, block))
+            index = (group, pl.ds(start, ROWS))
             fetch(k_ref, index, keys.at(slot), loaded.at[slot])
             fetch(v_ref, index, values.at(slot), loaded.at[slot])
 
-        gpu_walk.run(plan, n, order_ref, numbers_ref, compute, copy, released)
+        gpu_walk.run(plan, order_ref, numbers_ref, compute, copy, released)
 
     (dq,) = launch(
         body,
         name="block_sparse_dq",
-        grid=(g * -(-n // TILE),),
-        grid_names=("blocks",),
+        **gpu_walk.grid_of(g, n),
         threads=WORKERS + 1,
         out_type=(jax.ShapeDtypeStruct((g, _stored(n), d), q.dtype),),
         scratch=(
             tile_memory((WORKERS,), ROWS, d, q.dtype),
             tile_memory((WORKERS,), ROWS, e, q.dtype),
+            tile_memory((plan.stages,), ROWS, d, k.dtype),
+            tile_memory((plan.stages,), ROWS, e, v.dtype),
             line_memory((WORKERS, 2, ROWS)),
             plgpu.Barrier(num_arrivals=(d + e) // PANEL + 2, num_barriers=WORKERS),
             plgpu.Barrier(num_arrivals=(d + e) // PANEL, num_barriers=plan.stages),
             plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.stages),
-            tile_memory((plan.stages,), block, d, k.dtype),
-            tile_memory((plan.stages,), block, e, v.dtype),
         ),
         flops=2 * g * n * kept * block * (2 * d + e),
         moved=2 * q.nbytes + k.nbytes + v.nbytes + dout.nbytes + 8 * g * n,
@@ -150,13 +153,13 @@ def _of_queries(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> Arra
 def _of_keys(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> tuple[Array, Array]:
     """`(dk, dv)`: each tile of 128 keys walks over the query blocks that keep it."""
     (g, s, d), e, n = k.shape, v.shape[-1], q.shape[1]
-    plan = gpu_walk.plan(block, 2 * block * (d + e) + 8 * block, 2 * TILE * (d + e))
+    plan = gpu_walk.plan(block, 2 * ROWS * (d + e) + 8 * ROWS, 2 * TILE * (d + e))
     factor = scale * LOG2E
 
     def body(
         q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, order_ref, numbers_ref, dk_ref, dv_ref,
-        k_memory, v_memory, lse_lines, delta_lines, own_loaded, loaded, released,
-        q_memory, dout_memory,
+        k_memory, v_memory, q_memory, dout_memory, lse_lines, delta_lines,
+        own_loaded, loaded, released,
     ):  # fmt: skip
         queries, douts = tiles(q_memory), tiles(dout_memory)
 
@@ -166,27 +169,28 @@ def _of_keys(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> tuple[A
             fetch(v_ref, index, values, own_loaded.at[worker])
             plgpu.barrier_wait(own_loaded.at[worker])
 
-            def line(lines, slot, start):
-                return load_per_column(lines.at[slot, pl.ds(start, ROWS)])
+            way = Walk(plan, numbers, worker, loaded, released)
 
-            def add(slot, start, limit, sums, then):
-                here, douts_here = (x.at(slot).rows(start, ROWS) for x in (queries, douts))
+            # All queries of a block count, but the list may be empty.
+            none = jnp.where(way.limit > 0, 0.0, NO_KEYS)
+
+            def add(slots, sums, then):
+                (slot,) = slots
+                here, douts_here = queries.at(slot), douts.at(slot)
                 (x,) = dots_transposed([(keys, here)])
-                x = x * factor
-                if limit is not None:  # query blocks are full, but the list may be empty
-                    x = x + jnp.where(limit > 0, 0.0, -NO_KEYS)
-                p = jnp.exp2(x - by_column(line(lse_lines, slot, start), x.shape))
+                lse = load_per_column(lse_lines.at[slot]) + none
+                p = jnp.exp2(x * factor - by_column(lse, x.shape))
                 # Rounded and used at once: the two sums leave few registers for more.
                 p = lax.optimization_barrier(p.astype(q.dtype))
                 dv = add_dots(sums[1], [(p, [douts_here])])
                 (dp,) = dots_transposed([(values, douts_here)])
-                shift = by_column(line(delta_lines, slot, start), dp.shape)
+                shift = by_column(load_per_column(delta_lines.at[slot]), dp.shape)
                 ds = (p.astype(jnp.float32) * (dp - shift)).astype(q.dtype)
                 dk = add_dots(sums[0], [(ds, [here])], then=then)
-                return dk, dv
+                return [dk, dv]
 
-            way = Walk(plan, numbers, worker, loaded, released)
-            dk, dv = way.run_in_pieces(add, (_zeros(d), _zeros(e)))
+            zeros = [[full((ROWS, PANEL), 0.0) for _ in range(w // PANEL)] for w in (d, e)]
+            dk, dv = way.run(add, start=zeros)
             store([x * scale for x in dk], keys)
             store(dv, values)
             plgpu.commit_smem()
@@ -196,45 +200,35 @@ def _of_keys(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> tuple[A
             plgpu.wait_smem_to_gmem(0)
 
         def copy(group, slot, start):
-            index = (group, pl.ds(start, block))
+            index = (group, pl.ds(start, ROWS))
             fetch(q_ref, index, queries.at(slot), loaded.at[slot])
             fetch(dout_ref, index, douts.at(slot), loaded.at[slot])
             plgpu.copy_gmem_to_smem(lse_ref.at[index], lse_lines.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(delta_ref.at[index], delta_lines.at[slot], loaded.at[slot])
 
-        gpu_walk.run(plan, s, order_ref, numbers_ref, compute, copy, released)
+        gpu_walk.run(plan, order_ref, numbers_ref, compute, copy, released)
 
     dk, dv = launch(
         body,
         name="block_sparse_dkv",
-        grid=(g * -(-s // TILE),),
-        grid_names=("blocks",),
+        **gpu_walk.grid_of(g, s),
         threads=WORKERS + 1,
         out_type=tuple(jax.ShapeDtypeStruct((g, _stored(s), w), k.dtype) for w in (d, e)),
         scratch=(
             tile_memory((WORKERS,), ROWS, d, k.dtype),
             tile_memory((WORKERS,), ROWS, e, k.dtype),
-            line_memory((plan.stages, block)),
-            line_memory((plan.stages, block)),
+            tile_memory((plan.stages,), ROWS, d, q.dtype),
+            tile_memory((plan.stages,), ROWS, e, q.dtype),
+            line_memory((plan.stages, ROWS)),
+            line_memory((plan.stages, ROWS)),
             plgpu.Barrier(num_arrivals=(d + e) // PANEL, num_barriers=WORKERS),
             plgpu.Barrier(num_arrivals=(d + e) // PANEL + 2, num_barriers=plan.stages),
             plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.stages),
-            tile_memory((plan.stages,), block, d, q.dtype),
-            tile_memory((plan.stages,), block, e, q.dtype),
         ),
         flops=4 * g * n * kept * block * (d + e),
         moved=2 * (k.nbytes + v.nbytes) + q.nbytes + dout.nbytes + 8 * g * n,
     )(q, k, v, dout, lse, delta, *order)
     return dk[:, :s], dv[:, :s]
-
-
-def _masked(x: Float[Array, "n m"], limit: Any) -> Float[Array, "n m"]:
-    """Without weight from column `limit` on; `None`: all count."""
-    return x if limit is None else jnp.where(column_numbers(x.shape) < limit, x, -jnp.inf)
-
-
-def _zeros(width: int) -> list[Array]:
-    return [full((ROWS, PANEL), 0.0) for _ in range(width // PANEL)]
 
 
 def _whole_tiles(x: Float[Array, "g n"]) -> Float[Array, "g _"]:

@@ -27,7 +27,6 @@ from ..gpu.call import (
     dots_transposed,
     fetch,
     launch,
-    line_memory,
     send,
     store,
     tile_memory,
@@ -53,13 +52,12 @@ def forward(
     """`(out, lse)`: out in the dtype of v, lse in float32; `kept` blocks of a row are counted."""
     (g, n, d), e = q.shape, v.shape[-1]
     widest = max(d, e)
-    tiles_of_rows = -(-n // TILE)
     plan = gpu_walk.plan(block, 2 * block * (d + e), 2 * TILE * widest)
     factor = scale * LOG2E
 
     def body(
         q_ref, k_ref, v_ref, order_ref, numbers_ref, out_ref, lse_ref,
-        row_memory, lines, q_loaded, turn, loaded, released, k_memory, v_memory,
+        row_memory, k_memory, v_memory, q_loaded, turn, loaded, released,
     ):  # fmt: skip
         keys, values = tiles(k_memory), tiles(v_memory)
 
@@ -106,7 +104,7 @@ def forward(
                 sums = [x * by_row(shrink, x.shape) for x in sums]
                 return add(slots, weights, (top, total, sums), then)
 
-            top, total, sums = way.run(first, more, at_once=plan.lists)
+            top, total, sums = way.run(more, first=first, at_once=plan.lists)
             pl.when(worker == 0)(take_turns)
 
             some = total > 0.0
@@ -114,10 +112,10 @@ def forward(
             # The rows of q are no longer needed, and their memory takes the result.
             result = buffer.first_panels(e // PANEL)
             store([x * by_row(share, x.shape) for x in sums], result)
-            lines[worker] = jnp.where(some, top * LN2 + jnp.log(total), -jnp.inf)
+            # Straight to memory: a line of shared memory would cost a slot of keys.
+            lse_ref[index] = jnp.where(some, top * LN2 + jnp.log(total), -jnp.inf)
             plgpu.commit_smem()
             send(result, out_ref, index)
-            plgpu.copy_smem_to_gmem(lines.at[worker], lse_ref.at[index], commit_group=False)
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0)
 
@@ -126,15 +124,14 @@ def forward(
             fetch(k_ref, index, keys.at(slot), loaded.at[slot])
             fetch(v_ref, index, values.at(slot), loaded.at[slot])
 
-        gpu_walk.run(plan, n, order_ref, numbers_ref, compute, copy, released)
+        gpu_walk.run(plan, order_ref, numbers_ref, compute, copy, released)
 
-    padded = tiles_of_rows * TILE
+    padded = n + -n % TILE
     stored = n if mode.interpreting() is None else padded
     out, lse = launch(
         body,
         name="block_sparse",
-        grid=(g * tiles_of_rows,),
-        grid_names=("blocks",),
+        **gpu_walk.grid_of(g, n),
         threads=WORKERS + 1,
         out_type=(
             jax.ShapeDtypeStruct((g, stored, e), v.dtype),
@@ -142,13 +139,12 @@ def forward(
         ),
         scratch=(
             tile_memory((WORKERS,), ROWS, widest, q.dtype),
-            line_memory((WORKERS, ROWS)),
+            tile_memory((plan.stages,), block, d, k.dtype),
+            tile_memory((plan.stages,), block, e, v.dtype),
             plgpu.Barrier(num_arrivals=d // PANEL, num_barriers=WORKERS),
             plgpu.Barrier(num_arrivals=WORKERS),
             plgpu.Barrier(num_arrivals=(d + e) // PANEL, num_barriers=plan.stages),
             plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.stages),
-            tile_memory((plan.stages,), block, d, k.dtype),
-            tile_memory((plan.stages,), block, e, v.dtype),
         ),
         flops=2 * g * n * kept * block * (d + e),
         moved=q.nbytes + k.nbytes + v.nbytes + 2 * g * n * e + 4 * g * n,

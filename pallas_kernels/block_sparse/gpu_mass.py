@@ -32,7 +32,7 @@ from ..gpu.call import (
     tile_memory,
     tiles,
 )
-from .gpu_walk import COPIER_REGISTERS, TILE, WORKER_REGISTERS, WORKERS
+from .gpu_walk import COPIER_REGISTERS, TILE, WORKER_REGISTERS, WORKERS, grid_of
 
 # Keys that are copied at a time, and how many of such copies are there or on their way.
 KEYS = 128
@@ -72,8 +72,7 @@ def masses(
         q_memory, lse_lines, squares, sums, own_loaded, loaded, released, k_memory,
     ):  # fmt: skip
         worker = lax.axis_index("warpgroup")
-        at = lax.axis_index("blocks")
-        group, tile = lax.div(at, tiles_of_rows), lax.rem(at, tiles_of_rows)
+        group, tile = lax.axis_index("groups"), lax.axis_index("tiles")
         keys = tiles(k_memory)
 
         @pl.when(worker < WORKERS)
@@ -139,7 +138,7 @@ def masses(
                 fetch(k_ref, index, keys.at(slot), loaded.at[slot])
 
             for step in range(stages):
-                copy(at * 0 + step, step)  # traced: the last copy may reach beyond the keys
+                copy(tile * 0 + step, step)  # traced: the last copy may reach beyond the keys
 
             @pl.loop(stages, copies)
             def _(step):
@@ -153,8 +152,7 @@ def masses(
     (found,) = launch(
         body,
         name="block_mass",
-        grid=(g * tiles_of_rows,),
-        grid_names=("blocks",),
+        **grid_of(g, n),
         threads=WORKERS + 1,
         out_type=(jax.ShapeDtypeStruct((g, tiles_of_rows * WORKERS, columns), jnp.float32),),
         scratch=(

@@ -34,6 +34,9 @@ TILE = WORKERS * ROWS
 # Blocks that are served.
 BLOCKS = (ROWS, TILE)
 
+# A grid's second axis counts groups in 16 bits.
+MOST_GROUPS = 65_535
+
 # Registers of a thread of either kind: (2 * 240 + 24) * 128 of 65,536.
 WORKER_REGISTERS = 240
 COPIER_REGISTERS = 24
@@ -41,8 +44,8 @@ COPIER_REGISTERS = 24
 # Most blocks that are there or on their way.
 MOST_STAGES = 8
 
-# Shared memory for barriers, lines and what the compiler puts between.
-OTHER_MEMORY = 4096
+# Shared memory for barriers and lines; what is allocated begins at a multiple of 1024 bytes.
+OTHER_MEMORY = 3072
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +53,12 @@ class Plan:
     """What a body is specialised for.
 
     Args:
-        block: tokens of a block.
-        stages: blocks of the other side that are there or on their way.
+        lists: of a block of threads.
+        stages: copies that are there or on their way.
     """
 
-    block: int
+    lists: int
     stages: int
-
-    @property
-    def lists(self) -> int:
-        """Lists of a block of threads."""
-        return TILE // self.block
 
     def slot(self, copy: Any) -> Any:
         """Where a copy lies in shared memory."""
@@ -71,19 +69,19 @@ class Schedule(NamedTuple):
     """What blocks of threads read from memory.
 
     Args:
-        order: the first token of each copied block, in the order of the copies.
-        numbers: copies, blocks in both lists, in the first and in the second alone, and how many
-            tokens of each list's first block count (0: the list is empty).
+        order: the first token of each copy.
+        numbers: copies, those in both lists, in the first and in the second alone, and how many
+            tokens of each list's first copy count (0: the list is empty).
     """
 
     order: Int[Array, "g tiles room"]
     numbers: Int[Array, "g tiles 6"]
 
 
-def plan(block: int, bytes_of_block: int, held: int) -> Plan:
+def plan(block: int, bytes_of_copy: int, held: int) -> Plan:
     """As many stages as shared memory has room for beside the `held` bytes."""
-    room = (mode.SHARED_MEMORY - OTHER_MEMORY - held) // bytes_of_block
-    return Plan(block, min(room, MOST_STAGES))
+    room = (mode.SHARED_MEMORY - OTHER_MEMORY - held) // bytes_of_copy
+    return Plan(TILE // block, min(room, MOST_STAGES))
 
 
 def keep_map(
@@ -97,15 +95,23 @@ def keep_map(
     return jnp.zeros((g, p, blocks), bool).at[places].set(True, mode="drop")
 
 
-def schedule(keep: Bool[Array, "g rows columns"], block: int, length: int) -> Schedule:
-    """The order of copies for each tile of 128 rows; tokens from `length` on do not count."""
+def schedule(keep: Bool[Array, "g rows columns"], block: int, length: int, size: int) -> Schedule:
+    """The order of copies for each tile of 128 rows.
+
+    Args:
+        keep: which blocks of columns each block of rows keeps.
+        block: tokens of a block, of either side.
+        length: tokens of the columns' side; those after it do not count.
+        size: tokens of a copy, which divide a block.
+    """
+    keep = jnp.repeat(keep, block // size, axis=-1)
     g, _, columns = keep.shape
     number = jnp.arange(columns)
-    keep = keep & (number * block < length)
+    keep = keep & (number * size < length)
     first = jnp.argmax(keep, axis=-1)
-    limit = jnp.where(keep.any(-1), block, 0)
-    if short := length % block:
-        last = length // block
+    limit = jnp.where(keep.any(-1), size, 0)
+    if short := length % size:
+        last = length // size
         first = jnp.where(keep[..., last], last, first)
         limit = jnp.where(keep[..., last], short, limit)
     rest = keep & (number != first[..., None])
@@ -135,15 +141,19 @@ def schedule(keep: Bool[Array, "g rows columns"], block: int, length: int) -> Sc
         copies = 2 + shared + own_a + own_b
         numbers = (copies, shared, own_a, own_b, limit[:, 0::2], limit[:, 1::2])
     tiles = firsts.shape[1]
-    order = jnp.zeros((g, tiles, room), jnp.int32).at[..., :lists].set(firsts * block)
+    order = jnp.zeros((g, tiles, room), jnp.int32).at[..., :lists].set(firsts * size)
     places = jnp.arange(g)[:, None, None], jnp.arange(tiles)[:, None], place
-    order = order.at[places].set(jnp.broadcast_to(number * block, place.shape), mode="drop")
+    order = order.at[places].set(jnp.broadcast_to(number * size, place.shape), mode="drop")
     return Schedule(order, jnp.stack(numbers, -1).astype(jnp.int32))
+
+
+def grid_of(groups: int, rows: int) -> dict[str, Any]:
+    """The grid of a kernel: tiles of a group run side by side, and read the same keys."""
+    return {"grid": (-(-rows // TILE), groups), "grid_names": ("tiles", "groups")}
 
 
 def run(
     plan: Plan,
-    rows: int,
     order: Any,
     numbers: Any,
     compute: Callable[[Any, Any, Any], None],
@@ -153,17 +163,15 @@ def run(
     """The body of a kernel: what its three warpgroups do.
 
     Args:
-        plan: of the kernel.
-        rows: of a group.
+        plan: of the kernel, whose grid is `grid_of`.
         order: of the schedule, in memory.
         numbers: of the schedule, in memory.
         compute: `(worker, index of its rows, numbers of its tile)`.
-        copy: `(group, slot, first token)`, starts the copies of a block of the other side.
+        copy: `(group, slot, first token)`, starts a copy from the other side.
         released: the barrier of each slot.
     """
     worker = lax.axis_index("warpgroup")
-    at, tiles = lax.axis_index("blocks"), -(-rows // TILE)
-    group, tile = lax.div(at, tiles), lax.rem(at, tiles)
+    group, tile = lax.axis_index("groups"), lax.axis_index("tiles")
 
     @pl.when(worker < WORKERS)
     def _():
@@ -198,35 +206,35 @@ class Walk:
     def __init__(self, plan: Plan, numbers: Any, worker: Any, loaded: Any, released: Any) -> None:
         """`numbers`: of the schedule, in memory; the barriers have `plan.stages` slots."""
         self._plan, self._loaded, self._released = plan, loaded, released
-        self._copies, self._shared, own_a, own_b, limit_a, limit_b = (numbers[i] for i in range(6))
-        self._worker = worker if plan.lists > 1 else 0
-        second = worker == 1
-        self._other = jnp.where(second, own_a, own_b)
-        self.limit = jnp.where(second, limit_b, limit_a)
-        self.rest = self._shared + jnp.where(second, own_b, own_a)
+        self._copies, self._shared, self.limit = numbers[0], numbers[1], numbers[4]
+        self._worker, self._other, self.rest = 0, 0, self._shared
+        if plan.lists > 1:
+            own, other = numbers[2 + worker], numbers[3 - worker]
+            self._worker, self._other, self.rest = worker, other, self._shared + own
+            self.limit = numbers[4 + worker]
 
     def run(
         self,
-        first: Callable[[Any, Callable[[], None]], Any],
         more: Callable[[list[Any], Any, Callable[[], None]], Any],
+        *,
+        first: Callable[[Any, Callable[[], None]], Any] | None = None,
+        start: Any = None,
         at_once: int = 1,
     ) -> Any:
         """What a warpgroup carries away from its list.
 
-        Args:
-            first: `(slot, then)`, makes what is carried from the list's first block, of which the
-                first `limit` tokens count.
-            more: `(slots, carry, then)`, adds some more blocks to it.
-            at_once: blocks that `more` is given, except that an odd one comes alone.
+        Both functions call `then` when their last products are under way.
 
-        Both call `then` when their last products are under way.
+        Args:
+            more: `(slots, carry, then)`, adds some more copies to what is carried.
+            first: `(slot, then)`, makes it from the list's first copy, of which the first `limit`
+                tokens count. `None`: that is for `more` too, from `start` on.
+            start: what is carried before the first copy.
+            at_once: copies that `more` is given, except that an odd one comes alone.
         """
-        start = self._place(-1)
-        self._pass(0, start)
-        self._wait(start)
-        carry = first(self._plan.slot(start), lambda: self._go_to(0))
-        self._release(start)
-        odd = lax.rem(self.rest, at_once) if at_once > 1 else 0
+        begin = self._place(-1)
+        self._pass(0, begin)
+        self._wait(begin)
 
         def visit(i: Any, carry: Any, count: int) -> Any:
             for j in range(1, count):
@@ -238,35 +246,26 @@ class Walk:
                 self._release(place)
             return carry
 
-        if at_once > 1:
-            carry = lax.fori_loop(0, odd, lambda i, carry: visit(i, carry, 1), carry)
-        turns = lax.div(self.rest, at_once)
-        carry = lax.fori_loop(
-            0, turns, lambda i, carry: visit(odd + i * at_once, carry, at_once), carry
-        )
+        def single(i: Any, carry: Any) -> Any:
+            return visit(i, carry, 1)
+
+        if first is None:
+            carry = lax.fori_loop(-1, self.rest, single, start)
+        else:
+            carry = first(self._plan.slot(begin), lambda: self._go_to(0))
+            self._release(begin)
+            odd = lax.rem(self.rest, at_once) if at_once > 1 else 0
+            if at_once > 1:
+                carry = lax.fori_loop(0, odd, single, carry)
+            turns = lax.div(self.rest, at_once)
+            carry = lax.fori_loop(
+                0, turns, lambda i, carry: visit(odd + i * at_once, carry, at_once), carry
+            )
         self._pass(self._place(self.rest - 1) + 1, self._copies)
         return carry
 
-    def run_in_pieces(self, add: Callable[..., Any], start: Any) -> Any:
-        """`run` with 64 tokens at a time: `add(slot, first token, limit, carry, then)`.
-
-        `limit` is `None` for all but the first block, and is counted from the first token there.
-        """
-        pieces = range(0, self._plan.block, ROWS)
-
-        def block(slot: Any, limit: Any, carry: Any, then: Callable[[], None]) -> Any:
-            for piece in pieces:
-                left = None if limit is None else limit - piece
-                carry = add(slot, piece, left, carry, then if piece == pieces[-1] else _nothing)
-            return carry
-
-        return self.run(
-            lambda slot, then: block(slot, self.limit, start, then),
-            lambda slots, carry, then: block(slots[0], None, carry, then),
-        )
-
     def _place(self, i: Any) -> Any:
-        """The number of the copy with the list's block `i`; -1 is its first."""
+        """The number of the copy that is `i` of the list's; -1 is its first."""
         lists = self._plan.lists
         first = self._worker
         if lists == 1:
@@ -276,7 +275,7 @@ class Walk:
         return jnp.where(i < 0, first, jnp.where(alone < 0, lists + i, apart))
 
     def _go_to(self, i: Any) -> None:
-        """Waits for the list's block `i`, if there is one."""
+        """Waits for the list's copy `i`, if there is one."""
 
         @pl.when(i < self.rest)
         def _():
@@ -285,7 +284,7 @@ class Walk:
             self._wait(place)
 
     def _pass(self, start: Any, stop: Any) -> None:
-        """Past blocks that only the other list names."""
+        """Past copies that only the other list names."""
         if self._plan.lists == 1:
             return
 
@@ -299,7 +298,3 @@ class Walk:
 
     def _release(self, copy: Any) -> None:
         plgpu.barrier_arrive(self._released.at[self._plan.slot(copy)])
-
-
-def _nothing() -> None:
-    pass

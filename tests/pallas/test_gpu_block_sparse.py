@@ -37,7 +37,7 @@ def interpreted():
 CASES = [
     (1, 3, 5, 4, 64, 310, 64, 64, "float16"),
     (1, 2, 3, 3, 128, 300, 64, 128, "bfloat16"),
-    pytest.param((2, 5, 7, 5, 64, 440, 128, 64, "bfloat16"), marks=pytest.mark.slow),
+    pytest.param((1, 4, 4, 3, 64, 200, 128, 64, "bfloat16"), marks=pytest.mark.slow),
     pytest.param((1, 4, 12, 12, 64, 768, 64, 64, "bfloat16"), marks=pytest.mark.slow),
 ]
 
@@ -144,7 +144,7 @@ def test_schedules_visit_every_kept_block_once(block, seed):
     keep = generator.random((1, rows, columns)) < (0.2, 0.5, 0.9)[seed]
     keep[0, 2] = False
     length = (columns - 1) * block + short
-    schedule = gpu_walk.schedule(jnp.asarray(keep), block, length)
+    schedule = gpu_walk.schedule(jnp.asarray(keep), block, length, block)
     for row, (blocks, limit) in enumerate(kept_by(schedule, block, rows)):
         if not keep[0, row].any():
             assert limit == 0
@@ -158,7 +158,7 @@ def test_schedules_visit_every_kept_block_once(block, seed):
 
 def test_same_lists_are_copied_once():
     keep = jnp.ones((1, 2, 6), bool)
-    _, numbers = gpu_walk.schedule(keep, 64, 6 * 64)
+    _, numbers = gpu_walk.schedule(keep, 64, 6 * 64, 64)
     assert numbers[0, 0].tolist() == [7, 5, 0, 0, 64, 64]
 
 
