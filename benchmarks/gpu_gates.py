@@ -34,7 +34,7 @@ LIMITS = {
     ("h100", "cudnn", "forward"): (5.9, 3.4),
     ("h100", "cudnn", "forward + backward"): (25.1, 9.1),
     ("h100", "pallas_gpu", "forward"): (0.5, 3.4),
-    ("h100", "pallas_gpu", "forward + backward"): (28.5, 9.1),
+    ("h100", "pallas_gpu", "forward + backward"): (24, 7),
     ("a100", "cudnn", "forward"): (45, 5.4),
     ("a100", "cudnn", "forward + backward"): (158, 20),
 }

@@ -1,6 +1,8 @@
 """What is read from the compilers for GPUs, on what they print."""
 
-from benchmarks import gpu_gates
+import pytest
+
+from benchmarks import gpu_gates, gpu_roofline
 from benchmarks.gpu_target import DEVICES, Compiled, read_ptxas
 
 SAID = """ptxas info    : 0 bytes gmem
@@ -96,3 +98,20 @@ def test_gates():
         (problem,) = gpu_gates.wrong(what, **(found | wrong))
         assert problem.startswith(message)
     assert gpu_gates.wrong(("a100", "cudnn", "forward"), **(found | {"calls": (4, 0, 0)})) == []
+
+
+CALL = """ENTRY %main (q: bf16[2,960,3,64]) -> f32[] {
+  %c = (bf16[2,3,960,64]{3,1,2,0}, f32[2,3,960]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), \
+custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[2,960,3,64]{3,2,1,0}, \
+bf16[2,1024,3,64]{3,2,1,0}, bf16[2,1024,3,64]{3,2,1,0}}, api_version=API_VERSION_STATUS_RETURNING
+}
+"""
+
+
+def test_roofline():
+    (kernel,) = gpu_roofline.cudnn_calls(Compiled(CALL, None, {}))
+    assert kernel.flops == 4 * 2 * 3 * 960 * 1024 * 64
+    assert kernel.moved == 2 * 2 * 3 * 64 * (2 * 960 + 2 * 1024) + 4 * 2 * 3 * 960
+    assert kernel.seconds == pytest.approx(kernel.flops / 574e12)  # the speed at 1,024 keys
+    assert 574e12 < gpu_roofline.speed(gpu_roofline.FORWARD, 1456) < 617e12
+    assert gpu_roofline.speed(gpu_roofline.BACKWARD, 100_000) == 516e12

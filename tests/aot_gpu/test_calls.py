@@ -15,18 +15,21 @@ pytestmark = [
 ]
 
 
-# Device, implementation, frames. An A100 has no kernels of ours: one size tells enough.
+# Device, implementation, frames, entries of the batch. An A100 has no kernels of ours: one size
+# tells enough.
 CALLS = [
-    ("h100", "cudnn", (16, 20, 46, 81)),
-    ("h100", "pallas_gpu", (16, 81)),
-    ("a100", "cudnn", (16,)),
+    ("h100", "cudnn", (16, 20, 46, 81), 1),
+    ("h100", "pallas_gpu", (16, 81), 1),
+    ("h100", "cudnn", (16,), 2),
+    ("h100", "pallas_gpu", (16,), 2),
+    ("a100", "cudnn", (16,), 1),
 ]
 
 
-@pytest.mark.parametrize(("device", "implementation", "frames"), CALLS)
-def test_gates(device, implementation, frames):
-    flags = ["--device", device, "--implementation", implementation, "--frames"]
-    flags += map(str, frames)
+@pytest.mark.parametrize(("device", "implementation", "frames", "batch"), CALLS)
+def test_gates(device, implementation, frames, batch):
+    flags = ["--device", device, "--implementation", implementation, "--batch", str(batch)]
+    flags += ["--frames", *map(str, frames)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_gates", *flags],
         cwd=ROOT,
