@@ -69,7 +69,7 @@ def backward(
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     delta = delta - jnp.where(empty, 0.0, dlse)
     lse = jnp.where(empty, NO_KEYS, lse * LOG2E)
-    arrays = q, k, v, dout.astype(q.dtype), *(_whole_tiles(x) for x in (lse, delta))
+    arrays: Any = q, k, v, dout.astype(q.dtype), *(_whole_tiles(x) for x in (lse, delta))
     how: dict[str, Any] = {"block": block, "scale": scale, "kept": kept}
     dq = _of_queries(*arrays, gpu_walk.schedule(keep, block, length, ROWS), **how)
     dk, dv = _of_keys(*arrays, gpu_walk.schedule(keep.swapaxes(1, 2), block, n, ROWS), **how)
@@ -168,9 +168,7 @@ def _of_keys(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> tuple[A
             fetch(k_ref, index, keys, own_loaded.at[worker])
             fetch(v_ref, index, values, own_loaded.at[worker])
             plgpu.barrier_wait(own_loaded.at[worker])
-
             way = Walk(plan, numbers, worker, loaded, released)
-
             # All queries of a block count, but the list may be empty.
             none = jnp.where(way.limit > 0, 0.0, NO_KEYS)
 
