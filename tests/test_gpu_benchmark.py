@@ -2,12 +2,14 @@
 
 import json
 
+import cudnn_stand_in
 import jax
 import pytest
 from repository import run_benchmark
+from vmonarch_jax.pallas_kernels.gpu import mode
 
 import vmonarch_jax as vm
-from benchmarks import gpu
+from benchmarks import gpu, gpu_gradients
 
 
 def test_without_a_gpu_it_says_so():
@@ -59,3 +61,22 @@ def _ratio():
     sizes = {"heads": 1, "head_dim": 8}
     dense = vm.flops.attention(vm.Dense(), (3, 2, 4), **sizes)
     return dense / vm.flops.attention(vm.VMonarch(), (3, 2, 4), **sizes)
+
+
+def test_without_a_gpu_no_gradients_are_compared(capsys):
+    assert gpu_gradients.main() == 2
+    assert "needs a Hopper GPU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gradients_are_compared(monkeypatch, capsys):
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    how = params.InterpretGPUParams(
+        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    case = gpu_gradients.Case("tiny", (1, 1, 20, 30), 2, True, dim=64)
+    monkeypatch.setattr(gpu_gradients, "CASES", (case,))
+    monkeypatch.setattr(gpu_gradients, "ROUNDS", 1)
+    with mode.interpreted(how), cudnn_stand_in.standing_in():
+        assert gpu_gradients.main() == 0
+    assert "| tiny " in capsys.readouterr().out

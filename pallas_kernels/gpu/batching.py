@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
-def flat_vmap(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+def flat_vmap(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> Any:
     """`function` of arrays; under `vmap` the mapped axis joins the first one of each."""
 
     @jax.custom_batching.custom_vmap

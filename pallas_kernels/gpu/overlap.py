@@ -121,7 +121,11 @@ def launch_adding(
         total, *others = out_type
         start = [jnp.zeros(total.shape, total.dtype)]
         start += [lax.empty(x.shape, x.dtype) for x in others]
-        ends: Any = pl.run_state(lambda refs: kernel(*inputs, *refs))(start)
+
+        def add(refs: Any) -> None:
+            kernel(*inputs, *refs)
+
+        ends: Any = pl.run_state(add)(start)
         return list(ends)
 
     return run
