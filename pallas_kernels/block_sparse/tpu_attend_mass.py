@@ -189,9 +189,8 @@ def _sizes(n, s, d, e, dtype, block, length, block_sizes) -> tuple[int, _Layout]
     """Rows and keys of a grid step: wishes made to fit the blocks and the VMEM."""
     size = jnp.dtype(dtype).itemsize
     # A float32 product takes six passes, and a body is only so long.
-    wished = ROWS * 2 // size, KEYS * 2 // size
+    defaults = {"rows": ROWS * 2 // size, "keys": KEYS * 2 // size}
     shape = {"rows": n, "keys": s, "dim": d, "width": e, "block": block}
-    defaults = dict(zip(("rows", "keys"), wished, strict=True))
     wishes = choose(NAME, shape, jnp.dtype(dtype).name, defaults, block_sizes)
     budget = int(VMEM_SHARE * chips.current().vmem)
     blocks = pl.cdiv(length, block)
@@ -229,7 +228,7 @@ def _kernel(plan, layout, rows, q, k, v, out, lse, mass, *state) -> None:
     row = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, 1), 0)
     inside = row < plan.n - first if plan.n % plan.rows else None
     masses = _Masses(layout, pl.program_id(2), row < rows - first, sums, mass)
-    dense.streamed(plan, inside, q, k, (v,), None, (out,), (lse,), *running, masses)
+    dense.streamed(plan, inside, q, k, (v,), None, (out,), (lse,), *running, masses=masses)
 
 
 @dataclasses.dataclass(frozen=True)
