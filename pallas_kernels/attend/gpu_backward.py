@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..gpu import mode
 from ..gpu.batching import flat_vmap
@@ -92,11 +92,13 @@ def softmax_rows_backward(
     gains: tuple[float, ...],
     shared: bool,
     name: str,
+    mask: Bool[Array, "x y s"] | None = None,
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """`(dq, dk, dvalues)` in the dtypes of q, k and the values; groups are `[x, y]`.
 
     With `shared`, K stands before `values` as one of them (in `outs`, `douts` and `gains`), and dk
-    has both of its terms. In memory arrays lie as `[x, rows, y, dim]`, as they do forward.
+    has both of its terms. In memory arrays lie as `[x, rows, y, dim]`, as they do forward. Keys of
+    a false `mask` have no gradient, nor have rows whose log-sum-exp is -inf.
 
     Raises:
         NotImplementedError: for what `unserved` says.
@@ -109,12 +111,20 @@ def softmax_rows_backward(
         for dout, out in zip(douts, outs, strict=True)
     )
     douts = tuple(dout.astype(out.dtype) for dout, out in zip(douts, outs, strict=True))
+    if mask is not None:
+        # Masked keys are like those beyond the end: zeros, whose own gradients nobody reads.
+        sources = tuple(jnp.where(mask[..., None], a, 0) for a in sources)
+        lse = jnp.where(jnp.isneginf(lse), NOBODY, lse)
     # Sums of products that begin with these are `x - lse` and what dx is p times, up to a factor.
     arrays = (q, *douts, *sources, lse / -scale, (delta - dlse) / -gains[0])
     run = functools.partial(
-        _launch, count=len(douts), scale=scale, gains=gains, shared=shared, name=name
-    )
-    dq, dk, *dvalues = flat_vmap(run, *arrays)
+        _launch, count=len(douts), scale=scale, gains=gains, shared=shared,
+        absent=mask is not None or k.shape[2] % KEYS > 0, name=name,
+    )  # fmt: skip
+    dq, *of_keys = flat_vmap(run, *arrays)
+    if mask is not None:
+        of_keys = [jnp.where(mask[..., None], a, 0) for a in of_keys]
+    dk, *dvalues = of_keys
     return dq, dk, tuple(dvalues)
 
 
@@ -138,7 +148,7 @@ def unserved(
     return ""
 
 
-def _launch(*arrays, count, scale, gains, shared, name):
+def _launch(*arrays, count, scale, gains, shared, absent, name):
     (q, *douts), sources = arrays[: 1 + count], arrays[1 + count : -2]
     dtype = q.dtype
     (x, y, n, d), s = q.shape, sources[0].shape[2]
@@ -157,7 +167,6 @@ def _launch(*arrays, count, scale, gains, shared, name):
     parts = KEYS // d
     rows = parts * ROWS
     row_tiles, key_tiles = -(-n // rows), -(-s // KEYS)
-    padded_rows, left = row_tiles * rows, s % KEYS
     stages = _stages(rows, d, widths, dout_widths, row_tiles)
     panels = [width // PANEL for width in widths]
 
@@ -245,9 +254,9 @@ def _launch(*arrays, count, scale, gains, shared, name):
                     weights = []
                     for part in range(parts):
                         found = scores[part].read(later) * (scale * LOG2E)
-                        if left:
-                            # Keys beyond the end are zeros, and so is what they add to dq, as long
-                            # as their weights are finite. No other score is above 0 here.
+                        if absent:
+                            # Absent keys are zeros, and so is what they add to dq, as long as their
+                            # weights are finite. No other score is above 0 here.
                             found = jnp.minimum(found, 0.0)
                         weights.append(jnp.exp2(found))
                     # Behind the barrier the rounded ones are all that is kept of the weights.
@@ -335,7 +344,7 @@ def _launch(*arrays, count, scale, gains, shared, name):
             for step in range(row_tiles - stages, row_tiles):  # no signal is left unheard
                 plgpu.barrier_wait(released.at[step % stages])
 
-    stored_rows, stored_keys = _stored(n, padded_rows), _stored(s, key_tiles * KEYS)
+    stored_rows, stored_keys = _stored(n, row_tiles * rows), _stored(s, key_tiles * KEYS)
     moved = sum(a.nbytes for a in (q, *douts, *sources)) + 8 * x * y * n
     units = d + 2 * sum(dout_widths) + 2 * d
     dq, *results = launch_adding(

@@ -129,6 +129,32 @@ def test_scores_far_below_zero():
 
 
 @pytest.mark.slow
+def test_masked_keys():
+    """Some keys of one group, and all of another."""
+    q, k, v, dout = (
+        x[:, None] for x in arrays([(2, 70, 64), *[(2, 128, 64)] * 2, (2, 70, 64)], "bfloat16")
+    )
+    mask = jnp.arange(128) % 3 > 0
+    mask = jnp.stack([mask, jnp.zeros_like(mask)])[:, None]
+    dlse = arrays([(2, 1, 70)], "float32", 4)[0]
+
+    def oracle(q, k, v):
+        (out,), lse = reference.attend(q[:, 0], k[:, 0], (v[:, 0],), scale=0.125, mask=mask[:, 0])
+        return out[:, None], jnp.where(jnp.isneginf(lse), -jnp.inf, lse)[:, None]
+
+    out, lse = oracle(q, k, v)
+    assert jnp.isneginf(lse[1]).all()
+    dq, dk, (dv,) = gpu_backward.softmax_rows_backward(
+        q, k, (v,), (out.astype("bfloat16"),), lse, (dout,), dlse,
+        scale=0.125, gains=(1.0,), shared=False, name="masked", mask=mask,
+    )  # fmt: skip
+    expected = oracle_gradient(oracle, (q, k, v), (dout, dlse))
+    for x, wanted in zip((dq, dk, dv), expected, strict=True):
+        assert_close(x, wanted, "bfloat16", "gradient")
+        assert not x[1].any()
+
+
+@pytest.mark.slow
 def test_under_vmap():
     q, k, out, dout = arrays([(2, 1, 1, 20, 64)] * 4, "bfloat16")
     lse = jnp.full((2, 1, 1, 20), 4.0)
