@@ -206,7 +206,7 @@ def run(work, *more):
 
 @pytest.mark.slow
 def test_command_of_a_file(work, capsys):
-    lora, out = work / "run" / "lora.safetensors", work / "run" / "fewer.safetensors"
+    lora, out = work / "run" / "lora.safetensors", work / "new" / "fewer.safetensors"
     assert run(work, "--weights", work / "wan", "--lora", lora, "--out", out) == 0
     printed = capsys.readouterr().out
     for line in ("layer 0: mean gate 0.731\n", "layer 1: mean gate 0.119, dropped\n", f"{out}\n"):
@@ -235,6 +235,7 @@ def test_command_names_what_is_wrong(work, tmp_path, capsys):
         ((*wan, "--out", out), "expected --lora, or weights with linear branches"),
         ((*tuned, "--lora", lora, "--out", out), "without linear branches with --lora"),
         ((*wan, "--lora", plain, "--out", out), "expected a LoRA with linear branches, got none"),
+        ((*wan, "--lora", work / "none.safetensors", "--out", out), "none.safetensors"),
         ((*wan, "--lora", lora, "--out", lora), "expected --out of another .safetensors file"),
         ((*wan, "--lora", lora, "--out", tmp_path), "expected --out of another .safetensors file"),
         ((*wan, "--lora", lora, "--out", out, "--batch-size", 3), "of 1 to the 2 videos, got 3"),

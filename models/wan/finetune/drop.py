@@ -72,9 +72,10 @@ def run_wan_drop(args: argparse.Namespace) -> None:
     size, videos = 1 if args.batch_size is None else args.batch_size, len(cache.clips)
     if not 1 <= size <= videos:
         raise ValueError(f"expected --batch-size of 1 to the {videos} videos, got {size}")
-    source = cache.fill(progress=not args.quiet)
     lora = [] if args.lora is None else [LoRAFile(args.lora, part)]
-    pipeline = WanPipeline.open(found, dtype, sharding, lora)
+    pipeline = WanPipeline.open(found, dtype, sharding, lora)  # checks the file, loads nothing yet
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    source = cache.fill(progress=not args.quiet)
     gates = mean_gates(
         pipeline.part(part),
         pipeline.config,
