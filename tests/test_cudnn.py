@@ -1,5 +1,8 @@
 """The cuDNN route's algebra, with einsums in cuDNN's place; and what it declines."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from cases import cotangents_of, expected, inputs_of, library, make
 from compiling import jit
 from cudnn_stand_in import standing_in
+from jax.interpreters import mlir
 from tolerances import assert_close
 from vmonarch_jax.pallas_kernels.attend import cudnn as attend
 from vmonarch_jax.pallas_kernels.attend import reference as attend_reference
@@ -185,6 +189,35 @@ def test_vmap_of_the_call_joins_the_groups():
     text = lowered(jax.vmap(call, (0, None)), (5, *shape), shape)
     assert text.count("stablehlo.custom_call @__cudnn$fmhaSoftmax") == 1
     assert "tensor<10x3x64x64xbf16>" in text
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_call_is_the_one_that_jax_makes(backward):
+    """Of arrays `[x, n, y, d]`: which axes each product contracts, and where results lie."""
+    calls = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    x, y, n, s, d, scale = 5, 3, 96, 128, 64, 0.125
+    with mlir.make_ir_context(), mlir.ir.Location.unknown():
+        wanted = calls.create_dot_product_attention_backend_config(
+            x, y, n, s, mlir.ir.BF16Type.get(), scale, 42, 0.0, calls.MaskType.NO_MASK,
+            calls.AttentionLayout.BTNH.value, 0, 1, False, backward,
+        )  # fmt: skip
+    q, k = (jax.ShapeDtypeStruct((x, y, rows, d), jnp.bfloat16) for rows in (n, s))
+    lse = jax.ShapeDtypeStruct((x, y, n), jnp.float32)
+
+    def call(q, k, lse):
+        return (
+            cudnn.backward(q, k, k, lse, q, q, scale) if backward else cudnn.forward(q, k, k, scale)
+        )
+
+    with mode.compiling_for_hopper():
+        text = jax.jit(call).trace(q, k, lse).lower(lowering_platforms=("cuda",)).as_text()
+    (line,) = [line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line]
+    config = re.search(r'backend_config = "((?:[^"\\]|\\.)*)"', line)[1].replace("\\22", '"')
+    assert json.loads(config) == json.loads(wanted)
+    arrays, results = re.findall(r"_layouts = \[(.*?)\](?:, |\})", line)
+    assert arrays.count("dense<[3, 2, 1, 0]>") == (5 if backward else 3)
+    assert results.count("dense<[3, 1, 2, 0]>") == (3 if backward else 1)
+    assert f"(tensor<{x}x{n}x{y}x{d}xbf16>, tensor<{x}x{s}x{y}x{d}xbf16>" in line
 
 
 def test_reasons():
