@@ -270,9 +270,10 @@ def full(shape: tuple[int, ...], value: float) -> Array:
 
 
 def _load(ref: Any, layout: Any) -> Array:
-    # JAX 0.10 wants an index too, 0.12 knows none.
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(ref, *index, layout=layout)
+    # JAX 0.10 wants an index too, 0.11 would rather not have one, 0.12 knows none.
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    needed = index is not None and index.default is index.empty
+    return plgpu.load(ref, *([()] if needed else []), layout=layout)
 
 
 def load_panel(matrix: Tiles, panel: int) -> Array:
