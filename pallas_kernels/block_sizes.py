@@ -16,6 +16,9 @@ ACCELERATOR_SCORES = 2**26
 # at once, and has more memory.
 COPY_BYTES = 2**28
 GPU_COPY_BYTES = 2**29
+# Where nothing is copied, arrays of the size of q are all there is (six in the backward pass), and
+# heads cut out of a caller's arrays are what would be copied.
+GPU_WHOLE_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +34,9 @@ class BlockSizes:
         tpu_positions: positions of a block that a TPU kernel's L step takes at a time.
         tpu_tiles: query tiles that the fused tiled kernel takes at a time.
         copy_bytes: a tenth of the heads is computed at a time where a heads-major copy of one of
-            the inputs would be larger than this; `None` takes 256 MiB, and 512 MiB on a GPU.
-            Kernels that keep no scores in memory go by it, "xla" by `xla_scores`.
+            the inputs would be larger than this; `None` takes 256 MiB, and 512 MiB on a GPU (2 GiB,
+            of an input itself, for GPU kernels that need no copies). Kernels that keep no scores in
+            memory go by it, "xla" by `xla_scores`.
 
     The TPU fields are wishes, rounded to what the chip can do; `None` takes the tuned table's.
 
@@ -67,9 +71,11 @@ class BlockSizes:
             return CPU_SCORES
         return ACCELERATOR_SCORES
 
-    def bytes(self) -> int:
-        """Largest heads-major copy of an input, in bytes."""
+    def bytes(self, copied: bool = True) -> int:
+        """Largest heads-major copy of an input, in bytes; or input, where none is `copied`."""
         if self.copy_bytes is not None:
             return self.copy_bytes
         on_gpu = jax.default_backend() == "gpu" or mode.compiling_ahead()
-        return GPU_COPY_BYTES if on_gpu else COPY_BYTES
+        if not on_gpu:
+            return COPY_BYTES
+        return GPU_COPY_BYTES if copied else GPU_WHOLE_BYTES

@@ -43,24 +43,24 @@ def by_heads(
         some_entries = _divisor(batch, at_once // heads) if some_heads == heads else 1
         size = (some_entries, some_heads)
     elif backend.keeps:
-        size = _size_by_bytes(arrays, block_sizes)
+        size = _size_by_bytes(arrays, block_sizes.bytes(copied=not backend.informed))
     else:
         return _tokens_major(function(backend, *(x.swapaxes(1, 2) for x in arrays), masks))
     return _loop(function, backend, size, arrays, masks)
 
 
-def _size_by_bytes(arrays: Any, block_sizes: BlockSizes) -> tuple[int, int]:
-    """`(entries, heads)` at a time: all of them while heads-major copies are small, else a few.
+def _size_by_bytes(arrays: Any, budget: int) -> tuple[int, int]:
+    """`(entries, heads)` at a time: all of them while an array is within `budget`, else a few.
 
     Beside each copied array a method keeps several intermediate ones of its size, in the backward
     pass about a dozen.
     """
     batch, _, heads, _ = arrays[0].shape
     most = max(x.size * x.dtype.itemsize for x in arrays)
-    if most <= block_sizes.bytes():
+    if most <= budget:
         return batch, heads
-    if most // batch <= block_sizes.bytes():
-        return _divisor(batch, block_sizes.bytes() * batch // most), heads
+    if most // batch <= budget:
+        return _divisor(batch, budget * batch // most), heads
     return 1, _divisor(heads, max(1, heads // 10))
 
 
