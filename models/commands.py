@@ -97,6 +97,8 @@ def _run_finetune(args: argparse.Namespace) -> None:
     rank = args.rank
     if args.full and rank is not None:
         raise ValueError(f"expected no --rank with --full, got {rank}")
+    if rank is not None and rank < 1:  # before the folder is this run's
+        raise ValueError(f"expected --rank >= 1, got {rank}")
     if rank is None and args.attention == "salad" and not args.full:
         rank = _RANK
     for name, value in {"workers": 0, **_TUNING}.items():

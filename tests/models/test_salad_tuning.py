@@ -246,6 +246,9 @@ def test_commands(awake, tmp_path, capsys):
     tune = ["finetune", "--from", str(tmp_path / "plain"), "--out", str(out), *flags, *run]
     assert main([*tune, "--full"]) == 2
     assert "expected no --rank with --full, got 3" in capsys.readouterr().err
+    assert main([*tune, "--rank", "0"]) == 2
+    assert "expected --rank >= 1, got 0" in capsys.readouterr().err
+    assert not out.exists()
     assert main(tune) == 0
     settings = json.loads((out / "run.json").read_text())
     assert settings["adapter_rank"] == 3
