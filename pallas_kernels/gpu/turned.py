@@ -20,7 +20,7 @@ def store_turned(x: Float[Array, "rows k"], to: Tiles) -> None:
         to.tiled[0] = x.T
         return
     x = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.transpose_ref(to.tiled.at[0], (1, 0))[...] = x
+    to.tiled.at[0].transpose((1, 0))[...] = x
 
 
 def products(*sums: Sequence[tuple[Any, Tiles]]) -> list[list[Float[Array, "n _"]]]:
