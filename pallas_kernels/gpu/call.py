@@ -62,7 +62,10 @@ def launch(
         num_threads=threads,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Layouts are given here for each warp's lanes; from 0.11 on JAX would find them by itself.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         **({} if interpret is None else {"interpret": interpret}),
     )
 
