@@ -31,9 +31,12 @@ from ..gpu import mode
 from ..gpu.call import (
     LN2,
     LOG2E,
+    LOWEST,
     PANEL,
     ROWS,
+    TINY_SUM,
     add_dot,
+    by_column,
     by_row,
     column_numbers,
     dot_transposed,
@@ -41,15 +44,17 @@ from ..gpu.call import (
     launch,
     line_memory,
     load_panel,
+    load_per_column,
     round_up,
     send,
     store,
     tile_memory,
     tiles,
 )
+from ..numerics import MASKED
 
-# Keys that are copied and multiplied at a time, with results up to `NARROW` wide and with wider
-# ones, which leave a thread fewer registers for scores.
+# Keys that are copied and multiplied at a time, with results up to `NARROW` wide, and with wider
+# ones or a bias, which leave a thread fewer registers for scores.
 KEYS = 128
 KEYS_OF_WIDE = 64
 NARROW = 128
@@ -69,6 +74,7 @@ def softmax_rows(
     q: Float[Array, "*g n d"],
     k: Float[Array, "*g s d"],
     values: tuple[Float[Array, "*g s _"], ...],
+    bias: Float[Array, "*g s"] | None = None,
     *,
     scale: float,
     gains: tuple[float, ...],
@@ -78,7 +84,9 @@ def softmax_rows(
 ) -> tuple[list[Float[Array, "*g n _"]], Float[Array, "*g n"], Float[Array, "*g n"] | None]:
     """`(outs, lse, entropy)`: outs in the dtypes of their values, the rest in float32.
 
-    The entropy's product is that of the rounded first result. `None` unless asked for. Groups have
+    `bias` is added to the scores; keys with `MASKED` have no weight, and rows without any other get
+    zeros and -inf. The entropy's product is that of the rounded first result. `None` unless asked
+    for. Groups have
     one axis or two. With one, memory is in the order of the axes; with two, groups `[x, y]`, it is
     `[x, rows, y, dim]`, and arrays that do not lie so are transposed.
     """
@@ -90,20 +98,24 @@ def softmax_rows(
     dtypes = tuple(sources[i].dtype for i in used)
     tile_rows = WORKERS * ROWS
     row_tiles = -(-n // tile_rows)
-    block = KEYS if sum(widths) <= NARROW else KEYS_OF_WIDE
+    block = KEYS if sum(widths) <= NARROW and bias is None else KEYS_OF_WIDE
     whole, left = divmod(s, block)
     steps = whole + (left > 0)
     first_keys = round_up(left, PANEL) or block
     stages = min(AHEAD // (2 * block * sum(x.shape[-1] for x in sources)), steps)
     factor = scale * LOG2E
     left_to_scale = scale / gains[0] if entropy and scale else 0.0
+    added = [] if bias is None else [_lines(bias.reshape(g, s) * LOG2E, block)]
 
     def body(*refs):
         q_ref, *source_refs = refs[: 1 + len(sources)]
-        out_refs = refs[1 + len(sources) :][: len(widths)]
-        lse_ref, *rest = refs[1 + len(sources) + len(widths) :]
+        refs = list(refs[1 + len(sources) :])
+        bias_ref: Any = refs.pop(0) if added else None
+        out_refs = refs[: len(widths)]
+        lse_ref, *rest = refs[len(widths) :]
         entropy_ref, rest = (rest[0], rest[1:]) if entropy else (None, rest)
         q_memory, out_memory, lines, q_loaded, turn, loaded, released, *memories = rest
+        bias_lines: Any = memories.pop() if added else None
         worker = lax.axis_index("warpgroup")
         at = lax.axis_index("blocks")
         group = lax.div(at, row_tiles)
@@ -130,17 +142,22 @@ def softmax_rows(
             def visit(step, carry, count):
                 slot = lax.rem(step, stages)
                 x = dot_transposed(rows, held[0].at(slot).rows(0, count), then=take_turns)
+                rest = factor
+                if added:  # what is beyond the end has a bias too
+                    here = load_per_column(bias_lines.at[slot, pl.ds(0, count)])
+                    x, rest = x * factor + by_column(here, x.shape), 1.0
+                elif left and carry is None:
+                    x = jnp.where(column_numbers(x.shape) < left, x, -jnp.inf)
+                top = x.max(axis=1) * rest
                 if carry is None:
-                    if left:
-                        x = jnp.where(column_numbers(x.shape) < left, x, -jnp.inf)
-                    top = x.max(axis=1) * factor
-                    p = jnp.exp2(x * factor - by_row(top, x.shape))
+                    top = jnp.maximum(top, LOWEST) if added else top
+                    p = jnp.exp2(x * rest - by_row(top, x.shape))
                     total, sums = p.sum(axis=1), []
                 else:
                     old, total, sums = carry
-                    top = jnp.maximum(old, x.max(axis=1) * factor)
+                    top = jnp.maximum(old, top)
                     shrink = jnp.exp2(old - top)
-                    p = jnp.exp2(x * factor - by_row(top, x.shape))
+                    p = jnp.exp2(x * rest - by_row(top, x.shape))
                     total = total * shrink + p.sum(axis=1)
                     sums = [x * by_row(shrink, x.shape) for x in sums]
                 weights = p.astype(q.dtype)
@@ -165,7 +182,7 @@ def softmax_rows(
             pl.when(worker == 0)(take_turns)
 
             lse = top * LN2 + jnp.log(total)
-            share = 1.0 / total
+            share = 1.0 / (jnp.maximum(total, TINY_SUM) if added else total)
             buffer = tiles(out_memory).at(worker)
             line = lines.at[worker]
             for i, width in enumerate(widths):
@@ -196,23 +213,26 @@ def softmax_rows(
         def _():
             plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
 
-            def copy(slot, start, count):
+            def copy(slot, step, start, count):
                 index = place(pl.ds(start, count))
                 for ref, to in zip(source_refs, held, strict=True):
                     fetch(ref, index, to.at(slot).rows(0, count), loaded.at[slot])
+                if added:
+                    source = bias_ref.at[group, step]
+                    plgpu.copy_gmem_to_smem(source, bias_lines.at[slot], loaded.at[slot])
 
             def start(step):
                 return (step - 1) * block if left else step * block
 
-            copy(0, at * 0 + (s - left if left else 0), first_keys)
+            copy(0, at * 0, at * 0 + (s - left if left else 0), first_keys)
             for step in range(1, stages):
-                copy(step, start(jnp.int32(step)), block)
+                copy(step, at * 0 + step, start(jnp.int32(step)), block)
 
             @pl.loop(stages, steps)
             def _(step):
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(released.at[slot])
-                copy(slot, start(step), block)
+                copy(slot, step, start(step), block)
 
             for step in range(steps - stages, steps):  # nobody leaves with a signal unheard
                 plgpu.barrier_wait(released.at[step % stages])
@@ -239,18 +259,31 @@ def softmax_rows(
             plgpu.Barrier(num_arrivals=d // PANEL, num_barriers=WORKERS),
             plgpu.Barrier(num_arrivals=WORKERS),
             plgpu.Barrier(
-                num_arrivals=sum(x.shape[-1] for x in sources) // PANEL, num_barriers=stages
+                num_arrivals=sum(x.shape[-1] for x in sources) // PANEL + len(added),
+                num_barriers=stages,
             ),
             plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
             *(tile_memory((stages,), block, x.shape[-1], x.dtype) for x in sources),
+            *(line_memory((stages, block)) for _ in added),
         ),
         flops=2 * g * n * s * (d + sum(widths)),
         moved=sum(x.nbytes for x in (q, *sources)) + 2 * g * n * sum(widths) + 8 * g * n,
-    )(*(_heads_apart(x) for x in (q, *sources)))
+    )(*(_heads_apart(x) for x in (q, *sources)), *added)
     outs = [out[:, :n].swapaxes(1, 2) for out in results[: len(widths)]]
     outs = [out.reshape(*groups, *out.shape[2:]) for out in outs]
     lse, *entropies = (line[:, :n].reshape(*groups, n) for line in results[len(widths) :])
     return outs, lse, entropies[0] if entropies else None
+
+
+def _lines(bias: Float[Array, "g s"], block: int) -> Float[Array, "g steps block"]:
+    """A line for each block of keys, the odd ones first as they are visited."""
+    g, s = bias.shape
+    left = s % block
+    if not left:
+        return bias.reshape(g, -1, block)
+    whole, odd = bias[:, : s - left].reshape(g, -1, block), bias[:, None, s - left :]
+    odd = jnp.pad(odd, ((0, 0), (0, 0), (0, block - left)), constant_values=MASKED)
+    return jnp.concatenate([odd, whole], axis=1)
 
 
 def _heads_apart(x: Float[Array, "*g n d"]) -> Float[Array, "x n y d"]:

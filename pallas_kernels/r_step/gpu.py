@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..attend.gpu_backward import softmax_rows_backward, unserved
@@ -18,7 +19,7 @@ from ..block_sizes import BlockSizes
 from ..gpu import cudnn as library
 from ..gpu.checks import check
 from ..gpu.order import by_frame, by_group
-from ..numerics import scaled
+from ..numerics import MASKED, scaled
 from . import cudnn, xla
 from .step import RStep
 
@@ -43,65 +44,71 @@ def r_step(
     `known` is the result, where a caller kept it from an earlier forward pass: nothing is computed
     then, but the gradient is still that of the R step. `entries` says of how many entries of a
     batch the groups are the heads; it changes only where arrays lie. `unscaled`: aL is `R K`, for
-    an L step that scales, which spares passes over its gradient.
+    an L step that scales, which spares passes over its gradient. `keys` says which keys are real
+    (`None`: all); a block without any has an aL and a Y of zeros. With it the gradient is XLA's.
 
     Raises:
-        NotImplementedError: for a dtype or a size that the kernel cannot serve, for masked keys,
-            and where there is no Hopper GPU.
+        NotImplementedError: for a dtype or a size that the kernel cannot serve, and where there is
+            no Hopper GPU.
     """
     check(qt, k, *values)
-    if keys is not None:
-        raise NotImplementedError("the GPU kernel of the R step takes no masked keys")
     known = jax.lax.stop_gradient(known)
     settings = float(scale), entropy_gradient, (entries, unscaled), block_sizes
-    step: Any = _r_step(*settings, qt, k, tuple(values), known)
+    step: Any = _r_step(*settings, qt, k, tuple(values), keys, known)
     return step if entropy_gradient else step._replace(cl=jax.lax.stop_gradient(step.cl))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _r_step(scale, entropy_gradient, form, block_sizes, qt, k, values, known):
+def _r_step(scale, entropy_gradient, form, block_sizes, qt, k, values, keys, known):
     del entropy_gradient, block_sizes
     if known is not None:
         return known
     entries, unscaled = form
-    qt, k, values = jax.tree.map(lambda x: by_frame(x, entries), (qt, k, values))
+    bias = None if keys is None else jnp.where(keys, 0.0, MASKED)
+    arrays = jax.tree.map(lambda x: by_frame(x, entries), (qt, k, values, bias))
     (al, *ys), lse, cl = softmax_rows(
-        qt, k, values,
+        *arrays,
         scale=scale, gains=(1.0 if unscaled else scale, *(1.0 for _ in values)),
         shared=True, entropy=True, name="r_step",
     )  # fmt: skip
     step: Any = RStep(al, tuple(ys), cl, lse)  # pyright: ignore[reportArgumentType]
-    return jax.tree.map(lambda x: by_group(x, entries), step)
+    step = jax.tree.map(lambda x: by_group(x, entries), step)
+    if keys is None:
+        return step
+    some = keys.any(-1, keepdims=True)  # elsewhere the log-sum-exp is -inf, and unused
+    return step._replace(cl=jnp.where(some, step.cl, 0))
 
 
-def _forward(scale, entropy_gradient, form, block_sizes, qt, k, values, known):
-    step = _r_step(scale, entropy_gradient, form, block_sizes, qt, k, values, known)
-    return step, (qt, k, values, step)
+def _forward(scale, entropy_gradient, form, block_sizes, qt, k, values, keys, known):
+    step = _r_step(scale, entropy_gradient, form, block_sizes, qt, k, values, keys, known)
+    return step, (qt, k, values, keys, step)
 
 
 def _backward(scale, entropy_gradient, form, block_sizes, saved: Any, gradient: RStep):
-    qt, k, values, _ = saved
+    qt, k, values, keys, step = saved
     entries, unscaled = form
     gains = (1.0 if unscaled else scale, *(1.0 for _ in values))
-    ours = not unserved(k, values, scale=scale, gains=gains, shared=True)
-    by_library = not library.unserved(by_frame(qt, entries), k, values)
+    ours = keys is None and not unserved(k, values, scale=scale, gains=gains, shared=True)
+    by_library = keys is None and not library.unserved(by_frame(qt, entries), k, values)
     if ours or by_library:
         kernel = functools.partial(softmax_rows_backward, shared=True, name="r_step_backward")
         gradients = kernel if ours and (values or not by_library) else None
-        return cudnn.backward_of_step(
+        saved = qt, k, values, step
+        *found, _ = cudnn.backward_of_step(
             scale, entropy_gradient, saved, gradient, entries, unscaled, gradients
         )
+        return *found, None, None
 
     def again(qt, k, values):
         step = xla.r_step(
             qt, k, values,
-            scale=scale, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
+            scale=scale, keys=keys, entropy_gradient=entropy_gradient, block_sizes=block_sizes,
         )  # fmt: skip
         # Without a scale there is no aL to tell its average from, nor any use for one.
         return step._replace(al=scaled(step.al, 1 / (scale or 1))) if unscaled else step
 
     _, pullback = jax.vjp(again, qt, k, values)
-    return (*pullback(gradient), None)
+    return (*pullback(gradient), None, None)
 
 
 _r_step.defvjp(_forward, _backward)

@@ -238,8 +238,8 @@ def test_refusals():
         call(q.astype(jnp.float32), q, (q,))
     with pytest.raises(NotImplementedError, match="head dims of 64 or 128, got 32"):
         call(q[..., :32], q[..., :32], (q,))
-    with pytest.raises(NotImplementedError, match="no mask"):
-        call(q, q, (q,), mask=jnp.ones((1, 8), bool))
+    with pytest.raises(NotImplementedError, match="takes no bias"):
+        call(q, q, (q,), bias=jnp.zeros((1, 8)))
     with mode.interpreted(None), pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         call(q, q, (q,))
     frames = jnp.zeros((1, 129, 1, 64), jnp.bfloat16)
