@@ -125,12 +125,12 @@ def last(
         least=1 if pairs else 2,
     )
 
-    def body(*refs: Any):
-        q_ref, al_ref, y_ref, bias_ref, *refs = refs
+    def body(q_ref, al_ref, y_ref, bias_ref, *rest: Any):
+        refs = list(rest)
         pairs_ref: Any = refs.pop(0) if pairs else None
-        out_ref, lse_ref, q_tiles, al_tiles, y_tiles, bias_lines, out_tiles, lse_lines, *refs = refs
-        pairs_lines: Any = refs.pop(0) if pairs else None
-        (loaded,) = refs
+        out_ref, lse_ref, q_tiles, al_tiles, y_tiles, bias_lines, out_tiles, lse_lines = refs[:8]
+        pairs_lines: Any = refs[8] if pairs else None
+        loaded = refs[-1]
         q_tiles, al_tiles, y_tiles, out_tiles = map(tiles, (q_tiles, al_tiles, y_tiles, out_tiles))
 
         def load(group, position, slot):
