@@ -1,8 +1,8 @@
-"""`attend` on a Hopper GPU; the gradient by cuDNN, with a mask by XLA.
+"""`attend` on a Hopper GPU; the gradient by cuDNN, with a mask by a kernel of ours.
 
 The products of the backward pass are five for one value, by cuDNN as by a kernel of ours, whose
-speed is not known. Where cuDNN can't take it (values of another width than the keys, a machine
-without it), ours does; where neither can, that of "xla", which computes everything again.
+speed is not known. Where cuDNN can't take it (masked keys, values of another width than the keys, a
+machine without it), ours does; where neither can, that of "xla", which computes everything again.
 """
 
 import functools
@@ -45,8 +45,7 @@ def attend(
     then, but the gradient is still that of the attention. `entries` says of how many entries of a
     batch the groups are the heads; it changes only where arrays lie.
 
-    Keys of a false `mask` have no weight, and a row without any other gets zeros and -inf. With a
-    mask the gradient is XLA's.
+    Keys of a false `mask` have no weight, and a row without any other gets zeros and -inf.
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve, for a bias, and
@@ -86,12 +85,14 @@ def _backward(scale, gains, entries, block_sizes, saved: Any, gradient: Any):
     q, k, values, mask, (outs, lse) = saved
     settings: Any = {"scale": scale, "gains": gains}
     by_library = mask is None and not library.unserved(by_entry(q, entries), k, values)
-    if by_library or (mask is None and not unserved(k, values, **settings, shared=False)):
-        arrays = _by_entry((q, k, values, outs, lse, *gradient), entries)
+    if by_library or not unserved(k, values, **settings, shared=False):
+        *arrays, mask = _by_entry((q, k, values, outs, lse, *gradient, mask), entries)
         if by_library:
             found = cudnn.backward(*arrays, **settings)
         else:
-            found = softmax_rows_backward(*arrays, **settings, shared=False, name="attend_backward")
+            found = softmax_rows_backward(
+                *arrays, **settings, shared=False, name="attend_backward", mask=mask
+            )
         return (*jax.tree.map(from_entries, found), None, None)
 
     def again(q, k, values):

@@ -2,8 +2,8 @@
 
 The latter makes 7 products of rows x keys x d, where cuDNN makes two calls of 5. Without V it is 5
 by either: there cuDNN's goes first, because ours has not been timed. Each stands in where the other
-can't take values; where neither can, the gradient is that of "xla", which computes everything
-again.
+can't take values or masked keys; where neither can, the gradient is that of "xla", which computes
+everything again.
 """
 
 import functools
@@ -45,7 +45,7 @@ def r_step(
     then, but the gradient is still that of the R step. `entries` says of how many entries of a
     batch the groups are the heads; it changes only where arrays lie. `unscaled`: aL is `R K`, for
     an L step that scales, which spares passes over its gradient. `keys` says which keys are real
-    (`None`: all); a block without any has an aL and a Y of zeros. With it the gradient is XLA's.
+    (`None`: all); a block without any has an aL and a Y of zeros.
 
     Raises:
         NotImplementedError: for a dtype or a size that the kernel cannot serve, and where there is
@@ -88,10 +88,13 @@ def _backward(scale, entropy_gradient, form, block_sizes, saved: Any, gradient: 
     qt, k, values, keys, step = saved
     entries, unscaled = form
     gains = (1.0 if unscaled else scale, *(1.0 for _ in values))
-    ours = keys is None and not unserved(k, values, scale=scale, gains=gains, shared=True)
+    ours = not unserved(k, values, scale=scale, gains=gains, shared=True)
     by_library = keys is None and not library.unserved(by_frame(qt, entries), k, values)
     if ours or by_library:
-        kernel = functools.partial(softmax_rows_backward, shared=True, name="r_step_backward")
+        kernel = functools.partial(
+            softmax_rows_backward, shared=True, name="r_step_backward",
+            mask=None if keys is None else by_frame(keys, entries),
+        )  # fmt: skip
         gradients = kernel if ours and (values or not by_library) else None
         saved = qt, k, values, step
         *found, _ = cudnn.backward_of_step(
