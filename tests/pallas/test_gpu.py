@@ -6,6 +6,7 @@ wgmma, register layouts and the copy engine's refusals are not: those are for th
 
 import contextlib
 import functools
+import math
 
 import cudnn_stand_in
 import jax
@@ -57,7 +58,7 @@ def wide(*trees):
 
 # Groups, frames of q, frames of k, positions, head dim, value dim; dtype; entries of the batch.
 L_SIZES = [
-    ((2, 5, 5, 3, 64, 64), "float16", 1),
+    ((2, 5, 5, 2, 64, 64), "float16", 1),
     ((2, 21, 21, 5, 128, 64), "bfloat16", 2),
     pytest.param((1, 70, 40, 3, 128, 128), "bfloat16", 1, marks=pytest.mark.slow),
 ]
@@ -96,15 +97,16 @@ def test_l_step_with_masks():
 
 @pytest.mark.parametrize("masked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_of_the_l_step(masked):
-    size, gain = (2, 5, 7, 2, 64, 128), 0.75
+    n, gain = 1 + masked, 0.75
+    size = (2, 5, 7, n, 64, 128)
     q, al, y, cl = l_inputs(size, "bfloat16")
     cl = cl - 2  # some key blocks below the floor, some above
     masks = {}
     if masked:
         masks["key_blocks"] = jnp.ones((2, 7), bool).at[0, 2:4].set(False)
-    queries = jnp.asarray(np.random.default_rng(2).random((2, 5, 2)) < 0.6) if masked else None
-    of_last = arrays([(2, 5, 2, 128)], "bfloat16", 3)[0], arrays([(2, 5, 2)], "float32", 4)[0]
-    of_middle = arrays([(2, 7, 2, 64)], "bfloat16", 5)[0]
+    queries = jnp.asarray(np.random.default_rng(2).random((2, 5, n)) < 0.6) if masked else None
+    of_last = arrays([(2, 5, n, 128)], "bfloat16", 3)[0], arrays([(2, 5, n)], "float32", 4)[0]
+    of_middle = arrays([(2, 7, n, 64)], "bfloat16", 5)[0]
 
     def both(steps, times=1.0, **more):
         def last(q, al, cl, y):
@@ -222,9 +224,14 @@ def test_gradients_of_a_known_r_step(by, entropy_gradient):
         assert_close(x, wanted, "bfloat16", "gradient", by)
 
 
-def test_the_whole_method():
-    query, key, value = arrays([(2, 6, 2, 64)] * 3, "bfloat16")
-    settings = {"grid": (3, 1, 2), "return_lse": True}
+# Entries of the batch, heads, grid.
+WHOLE = [(1, 1, (3, 2, 3)), pytest.param(2, 2, (2, 1, 2), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("batch", "heads", "grid"), WHOLE)
+def test_the_whole_method(batch, heads, grid):
+    query, key, value = arrays([(batch, math.prod(grid), heads, 64)] * 3, "bfloat16")
+    settings = {"grid": grid, "return_lse": True}
     out, lse = vm.vmonarch_attention(query, key, value, implementation="pallas_gpu", **settings)
     wanted = vm.vmonarch_attention(*wide(query, key, value), implementation="reference", **settings)
     assert_close(out, wanted[0], "bfloat16", "forward", "out")
