@@ -121,3 +121,16 @@ def test_rows(size, dtype):
         return jax.ShapeDtypeStruct((g, rows, d), dtype)
 
     check(rows, array(n), *[array(s)] * (1 + values), products=8)
+
+
+@pytest.mark.parametrize("values", [0, 1])
+def test_rows_with_masked_keys(values):
+    def rows(q, k, bias, *values):
+        return softmax_rows(
+            q, k, values, bias,
+            scale=0.1, gains=(0.1, 1.0), shared=True, entropy=True, name="rows",
+        )  # fmt: skip
+
+    array = jax.ShapeDtypeStruct((252, 1560, 128), "bfloat16")
+    bias = jax.ShapeDtypeStruct((252, 1560), jnp.float32)
+    check(rows, array, array, bias, *[array] * values, products=8)
