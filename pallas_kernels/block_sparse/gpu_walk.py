@@ -223,7 +223,9 @@ class Walk:
     ) -> Any:
         """What a warpgroup carries away from its list.
 
-        Both functions call `then` when their last products are under way.
+        Both functions call `then` when their last products are under way. What is held then and
+        what is waited for span `2 * at_once + 1` copies, so there must be as many stages: neither
+        warpgroup can wait for a copy whose slot it holds itself.
 
         Args:
             more: `(slots, carry, then)`, adds some more copies to what is carried.
