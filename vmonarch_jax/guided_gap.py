@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.numerics import accumulator, precision
+from vmonarch_jax.pallas_kernels.varying import varying
 
 from . import checks
 from .dispatch import Backend, Implementation, dispatch
@@ -183,5 +184,5 @@ def _over_positions(
     def add(total: Any, start: Any) -> Any:
         return total + function(*(cut(x, start) for x in arrays)), None
 
-    zeros = jnp.zeros((groups, rows, blocks), accumulator(arrays[0].dtype))
+    zeros = varying(jnp.zeros((groups, rows, blocks), accumulator(arrays[0].dtype)), arrays)
     return jax.lax.scan(add, zeros, jnp.arange(0, length, size))[0]

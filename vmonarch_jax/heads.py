@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
 from vmonarch_jax.pallas_kernels.chunks import map_chunks
+from vmonarch_jax.pallas_kernels.varying import varying
 
 from .dispatch import Backend
 from .keeping import record, replay
@@ -81,7 +82,7 @@ def _loop(function: Any, backend: Backend, size: tuple[int, int], arrays: Any, m
     def some(cut: Callable[..., Any], _: Any) -> Any:
         return function(backend, *_heads_major(cut, arrays), _cut_masks(cut, masks))
 
-    return _over_chunks(some, size, arrays[0].shape)[0]
+    return _over_chunks(some, size, arrays)[0]
 
 
 def _loop_forward(function, backend, size, arrays, masks):
@@ -93,7 +94,7 @@ def _loop_forward(function, backend, size, arrays, masks):
         part = function(recording, *_heads_major(cut, arrays), _cut_masks(cut, masks))
         return part, tuple(kept)
 
-    part, kept = _over_chunks(some, size, arrays[0].shape, keep=True)
+    part, kept = _over_chunks(some, size, arrays, keep=True)
     return part, (arrays, masks, kept)
 
 
@@ -111,7 +112,7 @@ def _loop_backward(function, backend, size, saved, gradient):
         _, pullback = jax.vjp(run, *inputs)
         return pullback(jax.tree.map(lambda x: cut(x).swapaxes(1, 2), gradient))
 
-    return _over_chunks(some, size, arrays[0].shape, kept=kept)[0], None
+    return _over_chunks(some, size, arrays, kept=kept)[0], None
 
 
 _loop.defvjp(_loop_forward, _loop_backward)
@@ -128,7 +129,7 @@ def _cut_masks(cut: Callable[..., Any], masks: Any) -> Any:
 def _over_chunks(
     some: Callable[..., Any],
     size: tuple[int, int],
-    shape: tuple[int, ...],
+    arrays: tuple[Array, ...],
     keep: bool = False,
     kept: Any = None,
 ) -> tuple[Any, Any]:
@@ -137,7 +138,7 @@ def _over_chunks(
     With `keep` it returns a pair, whose second half is handed back chunk by chunk in `kept` to
     another call.
     """
-    batch, _, heads, _ = shape
+    batch, _, heads, _ = arrays[0].shape
     counts = batch // size[0], heads // size[1]
 
     def starts(index: Any) -> tuple[Any, Any]:
@@ -173,6 +174,7 @@ def _over_chunks(
     empty = jax.tree.map(
         lambda x: jnp.zeros((batch, x.shape[1], heads, *x.shape[3:]), x.dtype), one
     )
+    empty = varying(empty, arrays)
     return jax.lax.scan(write, empty, (jnp.arange(counts[0] * counts[1]), kept))
 
 

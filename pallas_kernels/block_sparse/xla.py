@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from ..block_sizes import BlockSizes
 from ..chunks import chunk_length, map_chunks
 from ..numerics import MASKED, accumulator, precision
+from ..varying import varying
 
 # Keys that one step of the walk gathers for a query block: enough for long products.
 STEP_KEYS = 2048
@@ -100,6 +101,7 @@ def _walk(plan: _Plan, k: Array, v: Array, q: Array, indices: Array, counts: Arr
     start = (
         jnp.full(rows, NOTHING, wide), jnp.zeros(rows, wide), jnp.zeros((*rows, v.shape[-1]), wide),
     )  # fmt: skip
+    start = varying(start, q, k, v, counts)
     top, total, sums = jax.lax.fori_loop(0, _steps(plan, counts), step, start)
     some = total > 0
     safe = jnp.where(some, total, 1)
@@ -128,6 +130,7 @@ def _backward(plan, saved, gradient):
         of_rows = (x.reshape(-1, plan.chunk, plan.block, *x.shape[1:]) for x in (dout, lse, shift))
         chunks = (*_chunks(plan, q, indices, counts), *of_rows)
         zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+        zeros = varying(zeros, arrays)
         (dk, dv), dq = jax.lax.scan(functools.partial(_walk_back, plan, k, v), zeros, chunks)
         return tuple(x.reshape(-1, x.shape[-1]) for x in (dq, dk, dv))
 
@@ -153,9 +156,8 @@ def _walk_back(plan, k, v, of_keys, chunk):
         here_dv = _dot("pqk,pqe->pke", p.astype(v.dtype), dout.astype(v.dtype), wide)
         return dq, dk.at[here].add(here_dk), dv.at[here].add(here_dv.reshape(values.shape))
 
-    dq, dk, dv = jax.lax.fori_loop(
-        0, _steps(plan, counts), step, (jnp.zeros(q.shape, wide), *of_keys)
-    )
+    start = varying((jnp.zeros(q.shape, wide), *of_keys), chunk, k, v)
+    dq, dk, dv = jax.lax.fori_loop(0, _steps(plan, counts), step, start)
     return (dk, dv), dq
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..varying import varying
+
 
 def flat_vmap(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> Any:
     """`function` of arrays; under `vmap` the mapped axis joins the first one of each."""
@@ -26,4 +28,4 @@ def flat_vmap(function: Callable[..., tuple[Array, ...]], *arrays: Array) -> Any
         apart = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
         return apart, (True,) * len(apart)
 
-    return call(*arrays)
+    return varying(call(*arrays), arrays)

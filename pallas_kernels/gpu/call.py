@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from ..varying import kernel_results
 from . import mode
 
 LOG2E = math.log2(math.e)
@@ -53,21 +54,25 @@ def launch(
     """`plgpu.kernel` with this project's defaults; `threads` counts warpgroups."""
     mode.record(mode.Launch(name, math.prod(grid), flops, moved))
     interpret = mode.interpreting()
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=list(scratch),
-        grid=grid,
-        grid_names=grid_names,
-        num_threads=threads,
-        thread_name="warpgroup",
-        kernel_name=name,
-        # Layouts are given here for each warp's lanes; from 0.11 on JAX would find them by itself.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        **({} if interpret is None else {"interpret": interpret}),
-    )
+
+    def make(out_type: Any) -> Callable[..., Any]:
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            scratch_types=list(scratch),
+            grid=grid,
+            grid_names=grid_names,
+            num_threads=threads,
+            thread_name="warpgroup",
+            kernel_name=name,
+            # Layouts here are those of lanes; from 0.11 on JAX would find other ones by itself.
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            ),
+            **({} if interpret is None else {"interpret": interpret}),
+        )
+
+    return kernel_results(make, out_type)
 
 
 def tile_memory(

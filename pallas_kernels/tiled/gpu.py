@@ -17,6 +17,7 @@ from ..gpu.checks import check
 from ..l_step import xla as l_step
 from ..r_step import gpu as r_step
 from ..r_step.step import RStep
+from ..varying import varying
 from .gpu_forward import divisor, forward
 from .gpu_l_step_backward import LONGEST, l_step_backward
 from .gpu_r_step import LONGEST_BLOCK
@@ -127,7 +128,7 @@ def _gradients(scale, entropy_gradient, entries, block_sizes, tiles, arrays: Any
 
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in blocks]
     steps = jax.tree.map(side_by_side, (q, part, gradient))
-    total, dq = jax.lax.scan(add, zeros, steps)
+    total, dq = jax.lax.scan(add, varying(zeros, blocks, steps), steps)
     dq = jnp.moveaxis(dq.reshape(-1, g, m, tiles, b, d), (0, 2), (1, 3))
     dk, dv = (x.astype(k.dtype).reshape(like.shape) for x, like in zip(total, (k, v), strict=True))
     return dq.reshape(q.shape), dk, dv

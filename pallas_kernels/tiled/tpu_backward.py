@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float
 from ..block_sizes import BlockSizes
 from ..numerics import MASKED, precision
 from ..tpu.call import launch
+from ..varying import varying
 from . import plan as planning
 from .plan import Plan, up
 from .positions import at_position, by_position, clear_padding, gather, lane_tiles, scatter, words
@@ -85,7 +86,8 @@ def backward(
         rows, positions, dkv = run(*fixed, *some, *carry)
         return (rows, positions), dkv.astype(q.dtype)
 
-    (rows, positions), dkv = lax.scan(one_step, (rows, positions), tuple(moving))
+    start = varying((rows, positions), fixed, moving)
+    (rows, positions), dkv = lax.scan(one_step, start, tuple(moving))
     dq = planning.from_rows(plan, rows)
     dq += planning.from_positions(plan, positions[..., : plan.m, : plan.d])
     dkv = dkv.swapaxes(0, 1).reshape(groups, -1, *dkv.shape[3:])[:, : plan.f, : plan.m, : plan.b]

@@ -6,6 +6,7 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..varying import kernel_results
 from . import chips
 from .mode import (
     Launch,
@@ -59,19 +60,23 @@ def launch(
         found.append(
             Launch(name, tuple(grid), flops, exps, moved, chosen, turns, noted_choice(name))
         )
-    return pl.pallas_call(
-        body,
-        name=name,
-        grid=grid,
-        in_specs=list(in_specs),
-        out_specs=out_specs,
-        out_shape=out_shape,
-        scratch_shapes=list(scratch),
-        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=tuple(semantics),  # pyright: ignore[reportArgumentType]
-            vmem_limit_bytes=chips.current().vmem,
-        ),
-        interpret=interpreting(),
-        **more,
-    )
+
+    def make(out_shape: Any) -> Callable[..., Any]:
+        return pl.pallas_call(
+            body,
+            name=name,
+            grid=grid,
+            in_specs=list(in_specs),
+            out_specs=out_specs,
+            out_shape=out_shape,
+            scratch_shapes=list(scratch),
+            cost_estimate=pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=tuple(semantics),  # pyright: ignore[reportArgumentType]
+                vmem_limit_bytes=chips.current().vmem,
+            ),
+            interpret=interpreting(),
+            **more,
+        )
+
+    return kernel_results(make, out_shape)
