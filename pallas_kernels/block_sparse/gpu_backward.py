@@ -69,7 +69,7 @@ def backward(
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     delta = delta - jnp.where(empty, 0.0, dlse)
     lse = jnp.where(empty, NO_KEYS, lse * LOG2E)
-    arrays: Any = q, k, v, dout.astype(q.dtype), *(_whole_tiles(x) for x in (lse, delta))
+    arrays = q, k, v, dout.astype(q.dtype), _whole_tiles(lse), _whole_tiles(delta)
     how: dict[str, Any] = {"block": block, "scale": scale, "kept": kept}
     dq = _of_queries(*arrays, gpu_walk.schedule(keep, block, length, ROWS), **how)
     dk, dv = _of_keys(*arrays, gpu_walk.schedule(keep.swapaxes(1, 2), block, n, ROWS), **how)
