@@ -1,6 +1,7 @@
 """Products whose left side one warpgroup turned in shared memory for another."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def products(*sums: Sequence[tuple[Any, Tiles]]) -> list[list[Float[Array, "n _"
     counts = [terms[0][1].panels for terms in sums]
     if mode.interpreting() is not None:
         return [
-            [sum(_plain(a[...], b.tiled[i]) for a, b in terms) for i in range(count)]
+            [_total(_plain(a[...], b.tiled[i]) for a, b in terms) for i in range(count)]
             for terms, count in zip(sums, counts, strict=True)
         ]
 
@@ -51,6 +52,10 @@ def products(*sums: Sequence[tuple[Any, Tiles]]) -> list[list[Float[Array, "n _"
         for _ in range(count)
     ]
     return pl.run_scoped(compute, *(plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in shapes))
+
+
+def _total(x: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, x)
 
 
 def _plain(a: Array, b: Array) -> Array:

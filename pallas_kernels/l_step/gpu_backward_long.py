@@ -409,7 +409,8 @@ class Mine(NamedTuple):
     def minus_sums(self, turned: Tiles) -> Float[Array, "64"]:
         """Minus the sum of each of its rows of a turned matrix."""
         halves = [load_panel(self.rows(turned.at(half)), 0) for half in range(WORKERS)]
-        return -sum(x.astype(jnp.float32).sum(axis=1) for x in halves)
+        first, second = (x.astype(jnp.float32).sum(axis=1) for x in halves)
+        return -(first + second)
 
     def send_turned(self, x: list[Array], turned: Tiles, to: Any, index: tuple[Any, ...]) -> None:
         """Sends its rows of a result from its own part of the turned matrix's memory."""

@@ -18,6 +18,7 @@ from vmonarch_jax.pallas_kernels.l_step.gpu import backward_of
 pytestmark = [
     pytest.mark.skipif("AOT_GPU" not in os.environ, reason="set AOT_GPU=1; see `make aot-gpu`"),
     pytest.mark.skipif(not importlib.util.find_spec("jax_cuda13_plugin"), reason="no CUDA JAX"),
+    pytest.mark.timeout(1800),
 ]
 
 
