@@ -100,6 +100,10 @@ def _run(name: str, computations: dict[str, dict[str, _Line]], runs: int) -> Ite
             kernel = line.kind == "custom-call" and "tpu_custom_call" in line.text
             source = re.search(r'op_name="([^"]*)"', line.text)
             kind = "kernel" if kernel else line.kind
+            called = re.search(r"calls=%?([\w.\-]+)", line.text)
+            inside = computations.get(called[1], {}) if called else {}
+            if any(x.kind == "custom-call" for x in inside.values()):
+                kind = "custom-call"  # a kernel that reads or writes a slice of an array
             moved = _moved(line, lines, computations)
             shape = re.sub(r"\{[^}]*\}", "", line.type)
             told = [

@@ -19,7 +19,7 @@ from .guided_gap import curvature_gap, monarch_settings
 from .heads import by_heads, dense_part
 from .methods import VMonarch
 from .monarch import monarch_factors
-from .parts import Part, merge_attention
+from .parts import Part, merge_attention, with_rows
 from .video import token_rows
 
 # Largest Monarch block, in tokens, that goes to the block-sparse kernel.
@@ -74,7 +74,7 @@ def attend_chosen(
             return part
         rows = token_rows(frames, cut.grid)
         dense = dense_part(backend, q[:, :, rows], k, v, None, **exactly)
-        return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, dense, strict=True)))
+        return with_rows(part, rows, dense)
 
     scores = cut.scores + len(frames) * cut.grid.frame_tokens * cut.grid.tokens
     scores += m * exact_blocks * b * b

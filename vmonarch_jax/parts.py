@@ -1,8 +1,9 @@
 """Parts, `(out, lse)`, and the one operation that merges them."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -65,3 +66,15 @@ def merge_attention(
     lse = jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)
     lse = jnp.where(jnp.isnan(total), total, lse)
     return Part(jnp.asarray(out).astype(parts[0].out.dtype), lse)
+
+
+def with_rows(
+    part: tuple[Float[Array, "z h n d"], Float[Array, "z h n"]],
+    rows: Any,
+    exact: tuple[Float[Array, "z h r d"], Float[Array, "z h r"]],
+) -> Part:
+    """`part` with those of `exact` in place of the rows numbered `rows`, heads-major."""
+    # Without the barrier XLA for GPUs (JAX 0.11) joins a kernel with the update of its results into
+    # one operation, which it then fails to compile.
+    part = jax.lax.optimization_barrier(part)
+    return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, exact, strict=True)))

@@ -10,7 +10,7 @@ from . import checks
 from .dispatch import Backend, Implementation, dispatch
 from .grid import Shape3, Tiling, VideoGrid
 from .heads import by_heads, dense_part, monarch_part
-from .parts import Part
+from .parts import Part, with_rows
 
 
 def vmonarch_attention(
@@ -107,7 +107,7 @@ def vmonarch_attention(
                 return part
             rows = token_rows(exact_frames, grid)
             exact = dense_part(backend, q[:, :, rows], k, v, keys, **exactly)
-            return Part(*(x.at[:, :, rows].set(e) for x, e in zip(part, exact, strict=True)))
+            return with_rows(part, rows, exact)
 
         scores = tiling.scores + len(exact_frames) * grid.frame_tokens * grid.tokens
         on = {"backend": backend, "block_sizes": block_sizes}
