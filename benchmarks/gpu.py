@@ -121,19 +121,31 @@ def main(arguments: list[str] | None = None) -> int:
     routes = ROUTES if jax.default_backend() == "gpu" else ("xla",)
     until = time.monotonic() + 60 * args.minutes
     report: dict[str, Any] = {"place": timing.place(), "seed": int(time.time())}
+    device = re.sub(r"\W+", "_", jax.devices()[0].device_kind).lower()
+    path = args.out / f"gpu_{device}.json"
+    unfinished = path.with_suffix(".unfinished")
+    args.out.mkdir(parents=True, exist_ok=True)
     print(f"{report['place']}\n\n## Correctness, against float64\n", flush=True)
-    report["checks"] = list(_checked(args, routes, report["seed"], until))
+    _collect(report, "checks", _checked(args, routes, report["seed"], until), unfinished)
     if not args.small:
         print("\n## Speed\n", flush=True)
-        report["speed"] = list(_timed(routes, args.rounds, until))
+        _collect(report, "speed", _timed(routes, args.rounds, until), unfinished)
         print(speed_table(report["speed"]))
-    device = re.sub(r"\W+", "_", jax.devices()[0].device_kind).lower()
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"gpu_{device}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(path)
     wrong = [check for check in report["checks"] if check["verdict"] == "WRONG"]
     print(f"\n{len(report['checks'])} checks, {len(wrong)} wrong. Written to {path}.")
     return min(len(wrong), 1)
+
+
+def _collect(
+    report: dict[str, Any], name: str, results: Iterator[dict[str, Any]], path: Path
+) -> None:
+    """Adds results to the report and writes it after each: the next kernel might not return."""
+    report[name] = []
+    path.write_text(json.dumps(report) + "\n")
+    for result in results:
+        report[name].append(result)
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 # --- correctness ----------------------------------------------------------------------------------
