@@ -105,6 +105,7 @@ def test_masses(size):
     assert_close(got, want, "bfloat16", "forward")
 
 
+@pytest.mark.slow
 def test_whole_calls_of_odd_lengths():
     """The padding of queries and keys, and all three functions, by name."""
     query, key, value = (x.astype("bfloat16") for x in arrays([(1, 70, 1, 64)] * 3, "float32"))

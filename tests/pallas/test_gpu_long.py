@@ -51,6 +51,7 @@ def held(gradients, expected, dtype):
         assert_close(x, wanted, "bfloat16" if dtype == "float16" else dtype, "gradient", "long")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "masked", "dtype"), CASES)
 def test_gradients_of_last(size, masked, dtype):
     g, m, _, n, d, e = size

@@ -125,6 +125,7 @@ def test_gradients_of_a_known_result(monkeypatch, shape, entropy_gradient, by, s
         assert_close(x, expected, "bfloat16", "gradient", by)
 
 
+@pytest.mark.slow
 def test_the_whole_method():
     grid = (3, 2, 2)
     query, key, value = arrays([(2, 12, 1, 64)] * 3, "bfloat16")
