@@ -1,6 +1,22 @@
-"""Which tests of the TPU kernels are slow: long bodies take the interpreter long to compile."""
+"""How GPU kernels run here, and which tests of the TPU kernels are slow.
+
+Long bodies take the interpreter long to compile.
+"""
 
 import pytest
+from vmonarch_jax.pallas_kernels.gpu import mode
+
+
+@pytest.fixture
+def gpu_interpreted():
+    """GPU kernels run on this machine; as for the copy engine, there are zeros beyond an end."""
+    interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    how = interpret.InterpretGPUParams(
+        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
+    with mode.interpreted(how):
+        yield
+
 
 # More than about ten seconds each, alone on two cores; `make test-slow` runs them.
 SLOW = (

@@ -26,18 +26,8 @@ from vmonarch_jax.pallas_kernels.r_step import reference as r_reference
 
 import vmonarch_jax as vm
 
-interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+pytestmark = pytest.mark.usefixtures("gpu_interpreted")
 SIZES = BlockSizes()
-
-
-@pytest.fixture(autouse=True)
-def interpreted():
-    """As the copy engine does, a read beyond an array's end gives zeros."""
-    how = interpret.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with mode.interpreted(how):
-        yield
 
 
 def tolerance_of(dtype):

@@ -7,24 +7,13 @@ import pytest
 from pallas.attention_inputs import arrays, oracle_gradient
 from tolerances import assert_close
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
-from vmonarch_jax.pallas_kernels.gpu import mode
 from vmonarch_jax.pallas_kernels.l_step import gpu as l_step
 from vmonarch_jax.pallas_kernels.l_step import reference
 
 import vmonarch_jax as vm
 
-interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+pytestmark = pytest.mark.usefixtures("gpu_interpreted")
 SIZES = BlockSizes()
-
-
-@pytest.fixture(autouse=True)
-def interpreted():
-    """As the copy engine does, a read beyond an array's end gives zeros."""
-    how = interpret.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with mode.interpreted(how):
-        yield
 
 
 # Groups, frames of q, frames of k, positions, head dim.

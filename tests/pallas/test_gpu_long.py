@@ -7,11 +7,10 @@ import pytest
 from pallas.attention_inputs import arrays, oracle_gradient
 from tolerances import assert_close
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
-from vmonarch_jax.pallas_kernels.gpu import mode
 from vmonarch_jax.pallas_kernels.l_step import gpu as l_step
 from vmonarch_jax.pallas_kernels.l_step import gpu_backward, gpu_backward_long, reference
 
-interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+pytestmark = pytest.mark.usefixtures("gpu_interpreted")
 SIZES = BlockSizes()
 
 # Groups, frames of q, frames of k, positions, head dim, value dim; what to mask; dtype. Positions
@@ -21,16 +20,6 @@ CASES = [
     pytest.param((1, 70, 40, 3, 64, 64), False, "float16", marks=pytest.mark.slow),
     pytest.param((2, 40, 128, 2, 128, 64), True, "bfloat16", marks=pytest.mark.slow),
 ]
-
-
-@pytest.fixture(autouse=True)
-def interpreted():
-    """As the copy engine does, a read beyond an array's end gives zeros."""
-    how = interpret.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with mode.interpreted(how):
-        yield
 
 
 def inputs(size, masked, dtype):

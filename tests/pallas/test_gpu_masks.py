@@ -9,25 +9,13 @@ from tolerances import assert_close
 from vmonarch_jax.pallas_kernels.attend import gpu as attend
 from vmonarch_jax.pallas_kernels.attend import reference
 from vmonarch_jax.pallas_kernels.block_sizes import BlockSizes
-from vmonarch_jax.pallas_kernels.gpu import mode
 from vmonarch_jax.pallas_kernels.r_step import gpu as r_step
 from vmonarch_jax.pallas_kernels.r_step import reference as r_reference
 
 import vmonarch_jax as vm
 
-interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("gpu_interpreted")]
 SIZES = BlockSizes()
-
-
-@pytest.fixture(autouse=True)
-def interpreted():
-    """As the copy engine does, a read beyond an array's end gives zeros."""
-    how = interpret.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with mode.interpreted(how):
-        yield
 
 
 def wide(*trees):

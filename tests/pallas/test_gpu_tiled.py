@@ -19,17 +19,7 @@ from vmonarch_jax.pallas_kernels.tiled.gpu_l_step_backward import l_step_backwar
 
 import vmonarch_jax as vm
 
-interpret = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-
-
-@pytest.fixture(autouse=True)
-def interpreted():
-    """As the copy engine does, a read beyond an array's end gives zeros."""
-    how = interpret.InterpretGPUParams(
-        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-    )
-    with mode.interpreted(how):
-        yield
+pytestmark = pytest.mark.usefixtures("gpu_interpreted")
 
 
 def inputs(shape, dtype):
