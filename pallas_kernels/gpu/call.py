@@ -65,14 +65,17 @@ def launch(
             num_threads=threads,
             thread_name="warpgroup",
             kernel_name=name,
-            # Layouts here are those of lanes; from 0.11 on JAX would find other ones by itself.
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-            ),
+            compiler_params=compiler_params(),
             **({} if interpret is None else {"interpret": interpret}),
         )
 
     return kernel_results(make, out_type)
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """How every kernel is lowered."""
+    # Layouts here are those of lanes; from 0.11 on JAX would find other ones by itself.
+    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def tile_memory(

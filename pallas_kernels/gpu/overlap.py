@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from . import mode
-from .call import Tiles, launch
+from .call import Tiles, compiler_params, launch
 
 # A row of swizzled shared memory, 128 bytes of float32: the panel of a sum on its way to memory.
 SUM_PANEL = 32
@@ -112,7 +112,7 @@ def launch_adding(
         scoped,
         out_type=(),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=compiler_params(),
         name=name,
     )
 
