@@ -36,6 +36,7 @@ from ..gpu import mode
 from ..gpu.batching import flat_vmap
 from ..gpu.call import (
     LOG2E,
+    NOBODY,
     PANEL,
     ROWS,
     by_column,
@@ -63,9 +64,6 @@ KEYS = WORKERS * ROWS
 
 # The widest dk and gradients of values that fit into registers together, in multiples of a key.
 WIDEST = 2
-
-# The log-sum-exp of rows beyond the end: far above every score, it leaves no weight.
-NOBODY = 1e30
 
 # Registers of a thread of either kind: (2 * 232 + 40) * 128 of 65,536. Fewer do not hold what the
 # copies need.

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 from ..gpu import mode
 from ..gpu.call import (
     LOG2E,
+    NOBODY,
     PANEL,
     ROWS,
     add_dots,
@@ -43,9 +44,6 @@ from ..gpu.call import (
 )
 from . import gpu_walk
 from .gpu_walk import TILE, WORKERS, Walk
-
-# The log-sum-exp of a row without keys: above every score, which leaves it no weight.
-NO_KEYS = 1e30
 
 
 def backward(
@@ -68,7 +66,7 @@ def backward(
     empty = jnp.isneginf(lse)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     delta = delta - jnp.where(empty, 0.0, dlse)
-    lse = jnp.where(empty, NO_KEYS, lse * LOG2E)
+    lse = jnp.where(empty, NOBODY, lse * LOG2E)
     arrays = q, k, v, dout.astype(q.dtype), _whole_tiles(lse), _whole_tiles(delta)
     how: dict[str, Any] = {"block": block, "scale": scale, "kept": kept}
     dq = _of_queries(*arrays, gpu_walk.schedule(keep, block, length, ROWS), **how)
@@ -170,7 +168,7 @@ def _of_keys(q, k, v, dout, lse, delta, order, *, block, scale, kept) -> tuple[A
             plgpu.barrier_wait(own_loaded.at[worker])
             way = Walk(plan, numbers, worker, loaded, released)
             # All queries of a block count, but the list may be empty.
-            none = jnp.where(way.limit > 0, 0.0, NO_KEYS)
+            none = jnp.where(way.limit > 0, 0.0, NOBODY)
 
             def add(slots, sums, then):
                 (slot,) = slots

@@ -26,6 +26,10 @@ LN2 = math.log(2.0)
 # sums to zero, and far below any real one.
 LOWEST = -1e29
 
+# The log-sum-exp of a row that is not there or attends to nothing: far above every score, which
+# leaves it no weight.
+NOBODY = 1e30
+
 # Least sum that a row is divided by; a real row's largest term is 1.
 TINY_SUM = 1e-30
 

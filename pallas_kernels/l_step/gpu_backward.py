@@ -25,6 +25,7 @@ from ..gpu.call import (
     LINE,
     LOG2E,
     LOWEST,
+    NOBODY,
     PANEL,
     ROWS,
     TINY_SUM,
@@ -57,9 +58,6 @@ from .gpu_forward import (
     stored,
     walk,
 )
-
-# Where nobody attends, far above every score: no weight.
-NOBODY = 1e30
 
 
 def last_backward(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from ..gpu import mode
 from ..gpu.call import (
     LOG2E,
+    NOBODY,
     PANEL,
     ROWS,
     add_dot,
@@ -52,9 +53,6 @@ KEYS = 64
 
 # Steps that are there or on their way.
 STAGES = 2
-
-# A row that is no query has a log-sum-exp above every score: no weight.
-NOBODY = 1e30
 
 
 def l_step_backward(
