@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 from vmonarch_jax.models.wan.request import Request
-from wan_folder import small_config
+from vmonarch_jax.models.wan.weights.random_folder import small_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Case:
     """One run of one kind of model.
 
     Attributes:
-      kind: of `wan_folder.small_config`.
+      kind: of `small_config`.
       request: what is asked.
       image: whether it starts from an image.
     """

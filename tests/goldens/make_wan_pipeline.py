@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from wan_folder import small_config, write_folder
+from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config
 from wan_pipeline_cases import CASES, STORED
 from wan_pipeline_reference import reference
 
@@ -24,7 +24,7 @@ def main():
     for name in STORED:
         case = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
-            weights = write_folder(pathlib.Path(folder) / "wan", small_config(case.kind))
+            weights = random_folder(pathlib.Path(folder) / "wan", small_config(case.kind))
             latents, video = reference(weights, case)
         arrays[f"{name}_latents"] = latents
         # of one frame in four, one pixel in two: the autoencoders have goldens of their own

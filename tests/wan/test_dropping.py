@@ -20,10 +20,16 @@ from vmonarch_jax.models.wan.pipeline import LoRAFile, WanPipeline
 from vmonarch_jax.models.wan.transformer import WanTransformer
 from vmonarch_jax.models.wan.weights.detect import detect
 from vmonarch_jax.models.wan.weights.lora import linear_layers_of, save_lora, without_branches
+from vmonarch_jax.models.wan.weights.random_folder import (
+    parts_of,
+    random_folder,
+    random_params,
+    small_config,
+    write_tokenizer,
+)
 from vmonarch_jax.models.wan.weights.save import export_weights
 from vmonarch_jax.models.wan.weights.stored import read_metadata
 from wan_clips import write_clips
-from wan_folder import parts_of, random_params, small_config, write_folder, write_tokenizer
 
 import vmonarch_jax as vm
 
@@ -167,7 +173,7 @@ def write_lora(path, convention="diffusers"):
 @pytest.mark.parametrize("convention", ["diffusers", "original"])
 def test_a_file_without_some_branches(tmp_path, convention):
     config = small_config()
-    folder = write_folder(tmp_path / "wan", config)
+    folder = random_folder(tmp_path / "wan", config)
     path, fewer = write_lora(tmp_path / "lora.safetensors", convention), tmp_path / "f.safetensors"
     without_branches(path, fewer, [1])
     assert linear_layers_of(fewer) == (0, 2)
@@ -186,7 +192,7 @@ def test_a_file_without_some_branches(tmp_path, convention):
 def work(tmp_path_factory):
     """Weights without and with branches, a LoRA with some, and videos."""
     folder = tmp_path_factory.mktemp("dropping")
-    write_folder(folder / "wan", small_config())
+    random_folder(folder / "wan", small_config())
     config = with_branches()
     parts = {part: random_params(config, part) for part in parts_of(config)}
     parts["transformer"] = params_with_gates(config)
@@ -228,7 +234,7 @@ def test_command_of_a_whole_model(work, capsys):
 def test_command_names_what_is_wrong(work, tmp_path, capsys):
     lora, out = work / "run" / "lora.safetensors", tmp_path / "out.safetensors"
     wan, tuned = ("--weights", work / "wan"), ("--weights", work / "tuned")
-    two = write_folder(tmp_path / "two", small_config("t2v-two"))
+    two = random_folder(tmp_path / "two", small_config("t2v-two"))
     plain = tmp_path / "plain.safetensors"
     without_branches(lora, plain, range(3))
     for flags, message in (

@@ -30,8 +30,8 @@ from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.weights.detect import detect
 from vmonarch_jax.models.wan.weights.load import load_part
 from vmonarch_jax.models.wan.weights.lora import merge_lora
+from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config
 from wan_clips import moving_square, write_clips, write_video
-from wan_folder import small_config, write_folder
 
 import vmonarch_jax as vm
 
@@ -59,7 +59,7 @@ def compiled_once():
 def places(tmp_path_factory):
     """Folders of weights and of videos, and a cache that is filled."""
     root = tmp_path_factory.mktemp("finetune")
-    write_folder(root / "wan", small_config("t2v"))
+    random_folder(root / "wan", small_config("t2v"))
     write_clips(root / "videos", 3)
     open_cache(root).fill(progress=False)
     return root
@@ -252,7 +252,7 @@ def test_full_tuning_learns_one_video_and_goes_home(places, tmp_path):
     ],
 )
 def test_every_kind_of_model_is_tuned(places, tmp_path, kind, size, fields):
-    write_folder(tmp_path / "wan", small_config(kind))
+    random_folder(tmp_path / "wan", small_config(kind))
     (tmp_path / "videos").symlink_to(places / "videos")
     settings = dataclasses.replace(SETTINGS, size=size)
     cache = open_cache(tmp_path, settings=settings)

@@ -25,8 +25,13 @@ from vmonarch_jax.models.wan.transformer import WanTransformer
 from vmonarch_jax.models.wan.weights.detect import detect
 from vmonarch_jax.models.wan.weights.load import load_part
 from vmonarch_jax.models.wan.weights.lora import merge_lora, save_lora
+from vmonarch_jax.models.wan.weights.random_folder import (
+    parts_of,
+    random_params,
+    small_config,
+    write_tokenizer,
+)
 from vmonarch_jax.models.wan.weights.save import export_weights, save_weights
-from wan_folder import parts_of, random_params, small_config, write_tokenizer
 
 
 @functools.cache

@@ -27,9 +27,15 @@ from vmonarch_jax.models.wan.pipeline import LoRAFile, WanPipeline
 from vmonarch_jax.models.wan.weights.detect import NOTE, detect
 from vmonarch_jax.models.wan.weights.load import load_part
 from vmonarch_jax.models.wan.weights.lora import linear_layers_of, merge_lora, save_lora
+from vmonarch_jax.models.wan.weights.random_folder import (
+    parts_of,
+    random_folder,
+    random_params,
+    small_config,
+    write_tokenizer,
+)
 from vmonarch_jax.models.wan.weights.save import export_weights, save_weights
 from wan_clips import write_clips
-from wan_folder import parts_of, random_params, small_config, write_folder, write_tokenizer
 
 import vmonarch_jax as vm
 
@@ -48,7 +54,7 @@ def branch(params):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("salad") / "wan", small_config("t2v"))
+    return random_folder(tmp_path_factory.mktemp("salad") / "wan", small_config("t2v"))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +134,7 @@ def test_a_whole_model_keeps_its_branches(tmp_path, convention):
 
 
 def test_experts_are_tuned_with_adapters(tmp_path):
-    found = detect(write_folder(tmp_path / "wan", small_config("t2v-two")))
+    found = detect(random_folder(tmp_path / "wan", small_config("t2v-two")))
     check_tuning(found, TUNING)
     with pytest.raises(ValueError, match="expected adapters beside linear branches"):
         check_tuning(found, dataclasses.replace(TUNING, lora=None))

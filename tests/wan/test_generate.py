@@ -15,17 +15,17 @@ from vmonarch_jax.models import cli
 from vmonarch_jax.models.wan.generate import run
 from vmonarch_jax.models.wan.generate.output import read_metadata
 from vmonarch_jax.models.wan.pipeline import WanPipeline
-from wan_folder import small_config, write_folder
+from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("t2v"))
+    return random_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("t2v"))
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("ti2v"))
+    return random_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("ti2v"))
 
 
 def call(folder, out, *flags, prompt="a red fox runs in snow", size="48x32"):
@@ -200,7 +200,7 @@ def test_incomplete_folders_are_named(folder, tmp_path, capsys):
 
 
 def test_an_image_is_asked_for(tmp_path, capsys):
-    folder = write_folder(tmp_path / "wan", small_config("i2v-two"))
+    folder = random_folder(tmp_path / "wan", small_config("i2v-two"))
     assert call(folder, tmp_path / "video.mp4") == 2
     assert "makes a video from an image" in capsys.readouterr().err
     assert call(folder, tmp_path / "video.mp4", "--image", str(tmp_path / "none.png")) == 2

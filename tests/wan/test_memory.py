@@ -19,7 +19,7 @@ from vmonarch_jax.models.wan.memory import after, begin, state_bytes
 from vmonarch_jax.models.wan.pipeline import Progress, WanPipeline, _step_in_place
 from vmonarch_jax.models.wan.transformer import WanTransformer
 from vmonarch_jax.models.wan.transformer_layers import OneDevice
-from wan_folder import small_config, write_folder
+from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config
 from wan_pipeline_cases import CASES as PIPELINES
 from wan_transformer_cases import CASES, inputs_of, params_of, relative_error, stored_weights
 
@@ -88,7 +88,7 @@ def _scan(body, carry, layers):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    folder = write_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("t2v-two"))
+    folder = random_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("t2v-two"))
     return WanPipeline.open(folder, "float32")
 
 

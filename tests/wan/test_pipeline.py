@@ -12,7 +12,7 @@ from vmonarch_jax.models.wan.conditions import fit_image
 from vmonarch_jax.models.wan.pipeline import WanPipeline, with_dtype
 from vmonarch_jax.models.wan.presets import MODELS
 from vmonarch_jax.models.wan.request import Request
-from wan_folder import small_config, write_folder
+from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config
 from wan_pipeline_cases import CASES, STORED
 
 import vmonarch_jax as vm
@@ -22,7 +22,7 @@ GOLDENS = pathlib.Path(__file__).parent.parent / "goldens" / "wan" / "pipeline.n
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("t2v-two"))
+    return random_folder(tmp_path_factory.mktemp("weights") / "wan", small_config("t2v-two"))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 )
 def test_video_of_diffusers(name, tmp_path):
     case, stored = CASES[name], np.load(GOLDENS)
-    pipeline = WanPipeline.open(write_folder(tmp_path / "wan", small_config(case.kind)), "float32")
+    pipeline = WanPipeline.open(random_folder(tmp_path / "wan", small_config(case.kind)), "float32")
     conditions = pipeline.conditions(case.request, case.pixels())
     got = pipeline.denoise(case.request, conditions, case.noise())
     expected = stored[f"{name}_latents"]

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("torch")
 
 from vmonarch_jax.models.wan.pipeline import WanPipeline
-from wan_folder import small_config, write_folder
+from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config
 from wan_pipeline_cases import CASES
 from wan_pipeline_reference import reference
 
@@ -14,7 +14,7 @@ from wan_pipeline_reference import reference
 @pytest.mark.parametrize("name", CASES)
 def test_video_of_diffusers(name, tmp_path):
     case = CASES[name]
-    folder = write_folder(tmp_path / "wan", small_config(case.kind))
+    folder = random_folder(tmp_path / "wan", small_config(case.kind))
     latents, video = reference(folder, case)
     pipeline = WanPipeline.open(folder, dtype="float32")
     conditions = pipeline.conditions(case.request, case.pixels())

@@ -1,27 +1,21 @@
-"""A folder of random weights that looks like a download, without torch: small, and no toy.
+"""Small Wan models of random weights, in folders like downloads: to try things out, and to test."""
 
-config = small_config("t2v")
-folder = write_folder(tmp_path / "wan", config)
-"""
+from __future__ import annotations
 
 import dataclasses
 import json
 import math
 import pathlib
+import tempfile
 
 import numpy as np
 import tokenizers
-from vmonarch_jax.models.wan.config import (
-    ImageConfig,
-    TextConfig,
-    TransformerConfig,
-    VAEConfig,
-    WanConfig,
-)
-from vmonarch_jax.models.wan.presets import MODELS
-from vmonarch_jax.models.wan.weights.detect import NOTE
-from vmonarch_jax.models.wan.weights.parts import part_entries
-from vmonarch_jax.models.wan.weights.save import export_weights
+
+from ..config import ImageConfig, TextConfig, TransformerConfig, VAEConfig, WanConfig
+from ..presets import MODELS
+from .detect import NOTE
+from .parts import part_entries
+from .save import export_weights
 
 #: Kinds of model by the published one that each is a small version of.
 KINDS = {
@@ -40,7 +34,16 @@ _MEAN, _STD = (0.3, -0.2, 0.1, 0.0, 0.5, -0.4), (1.5, 0.8, 1.1, 2.0, 0.7, 1.2)
 
 
 def small_config(kind: str = "t2v", dtype: str = "float32") -> WanConfig:
-    """A model of one kind with sizes of its own: 3 heads, 6 latent channels."""
+    """A small model of one of `KINDS`, with sizes of its own: 3 heads, 6 latent channels.
+
+    Raises:
+      ValueError: there is no such kind.
+
+    Example:
+      config = small_config("t2v-two")
+    """
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
     model, channels = MODELS[KINDS[kind]], 6
     vae = VAEConfig(
         dim=8, decoder_dim=8, latent_channels=channels, multipliers=(1, 2, 2, 2), blocks=1,
@@ -66,7 +69,7 @@ def small_config(kind: str = "t2v", dtype: str = "float32") -> WanConfig:
 
 
 def parts_of(config: WanConfig) -> list[str]:
-    """The parts with weights of a model."""
+    """The names of a model's parts with weights, as in `PARTS`."""
     two = ["transformer_2"] if config.boundary is not None else []
     clip = ["image_encoder"] if config.image is not None else []
     return ["transformer", *two, "vae", "text_encoder", *clip]
@@ -109,12 +112,41 @@ def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def write_folder(
-    folder: pathlib.Path, config: WanConfig, convention: str = "diffusers", seed: int = 0
+def random_folder(
+    folder: pathlib.Path | str,
+    config: WanConfig | str = "t2v",
+    convention: str = "diffusers",
+    seed: int = 0,
 ) -> pathlib.Path:
-    """Weights of all parts as they are published, without our own note in the folder."""
-    tokenizer = write_tokenizer(folder.parent / f"{folder.name}-tokenizer")
+    """Writes a model of random weights as models are published; its videos are noise.
+
+    Everything that takes a folder of Wan weights takes this one: `WanPipeline.open`,
+    `vmonarch generate`, `vmonarch finetune`, and in the layout of Diffusers Diffusers, too. That
+    layout says all sizes by itself. The original one leaves out those of autoencoder and encoders,
+    so our own note lies in the folder there.
+
+    Args:
+      folder: that is made; half a megabyte for a small model.
+      config: sizes, or one of `KINDS`.
+      convention: "diffusers" or "original".
+      seed: of the weights.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: the folder is there already, or as `small_config` and `export_weights`.
+
+    Example:
+      folder = random_folder("small-wan", "ti2v")
+      video = WanPipeline.open(folder)(Request.of(small_config("ti2v"), prompt="a red fox"))
+    """
+    folder = pathlib.Path(folder)
+    config = small_config(config) if isinstance(config, str) else config
     parts = {part: random_params(config, part, seed) for part in parts_of(config)}
-    export_weights(folder, config, parts, convention, shard_bytes=100_000, tokenizer=tokenizer)
-    (folder / NOTE).unlink()
+    with tempfile.TemporaryDirectory() as elsewhere:
+        tokenizer = write_tokenizer(pathlib.Path(elsewhere) / "tokenizer")
+        export_weights(folder, config, parts, convention, shard_bytes=100_000, tokenizer=tokenizer)
+    if convention == "diffusers":
+        (folder / NOTE).unlink()
     return folder
