@@ -11,6 +11,7 @@ import vmonarch_jax as vm
 
 from .config import WanConfig
 from .samplers import Sampler, sampler_of
+from .unipc import SPACINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Request:
       guidance: weight of classifier-free guidance; 1 is none, and half the cost.
       guidance_low: of the expert of low noise; `None`: the same.
       shift: of the noise levels.
-      sampler: "unipc" or "euler".
+      sampler: "unipc", "dpm++" or "euler".
+      spacing: of the noise levels of the first two: "diffusers", or "original" as in the
+        repositories of Wan.
       seed: of the noise.
 
     Raises:
@@ -45,6 +48,7 @@ class Request:
     guidance_low: float | None = None
     shift: float = 5.0
     sampler: str = "unipc"
+    spacing: str = SPACINGS[0]
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,7 +82,7 @@ class Request:
 
     def sampler_value(self) -> Sampler:
         """The sampler, with its steps and shift."""
-        return sampler_of(self.sampler, self.steps, self.shift)
+        return sampler_of(self.sampler, self.steps, self.shift, self.spacing)
 
     def grid(self, config: WanConfig) -> vm.VideoGrid:
         """The token grid of the video.

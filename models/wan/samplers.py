@@ -1,4 +1,4 @@
-"""Samplers for flow matching, as values: Euler here, UniPC beside, both by name."""
+"""Samplers for flow matching, as values: Euler here, the multistep ones beside, all by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .unipc import TIMES, UniPC, check_steps, shifted
+from .unipc import SPACINGS, TIMES, DPMSolver, UniPC, check_steps, shifted
 
 
 class EulerState(NamedTuple):
@@ -74,20 +74,31 @@ class Euler:
 
 
 #: By name; each is made of `steps` and `shift`.
-SAMPLERS = {"unipc": UniPC, "euler": Euler}
+SAMPLERS = {"unipc": UniPC, "dpm++": DPMSolver, "euler": Euler}
 
 Sampler = UniPC | Euler
 
 
-def sampler_of(name: str, steps: int, shift: float) -> Sampler:
+def sampler_of(name: str, steps: int, shift: float, spacing: str = SPACINGS[0]) -> Sampler:
     """Returns the sampler of that name.
 
+    Args:
+      name: of `SAMPLERS`.
+      steps: denoising steps.
+      shift: of the noise levels.
+      spacing: of the noise levels, as in Diffusers or as in the "original" repository, which has
+        no "euler".
+
     Raises:
-      ValueError: no sampler has that name, or a number is out of range.
+      ValueError: no sampler has that name, it has no such spacing, or a number is out of range.
     """
     if name not in SAMPLERS:
         raise ValueError(f"expected a sampler of {sorted(SAMPLERS)}, got {name!r}")
-    return SAMPLERS[name](steps=steps, shift=shift)
+    if name != "euler":
+        return SAMPLERS[name](steps=steps, shift=shift, spacing=spacing)
+    if spacing != SPACINGS[0]:
+        raise ValueError(f"expected spacing {SPACINGS[0]!r} of sampler 'euler', got {spacing!r}")
+    return Euler(steps=steps, shift=shift)
 
 
 def follow(

@@ -1,10 +1,10 @@
-"""UniPC: a multistep predictor-corrector for flow matching, as a table of weights."""
+"""UniPC and DPM-Solver++: multistep methods for flow matching, each as a table of weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,8 @@ TIMES = 1000
 _FIRST = 1e-6
 
 SPACINGS = ("diffusers", "original")
+# The training levels of the original repository end here, and are kept in float32.
+_MOST = float(np.float32(1 - 1 / TIMES))
 
 
 class UniPCState(NamedTuple):
@@ -84,6 +86,14 @@ class UniPC:
     order: int = 2
     spacing: str = "diffusers"
 
+    # Noise levels before the shift go from the first towards the second.
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        "diffusers": (1.0, 1 / TIMES),
+        "original": (_MOST, 0.0),
+    }
+    most: ClassVar[float] = 1 - _FIRST
+    corrects: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_steps(self.steps, self.shift)
         if self.order not in (1, 2):
@@ -103,13 +113,8 @@ class UniPC:
 
     @property
     def _levels(self) -> Float[np.ndarray, " steps"]:
-        if self.spacing == "diffusers":
-            ends = 1.0, 1 / TIMES
-        else:
-            # the training levels of the original are kept in float32
-            ends = float(np.float32(1 - 1 / TIMES)), 0.0
-        levels = shifted(np.linspace(*ends, self.steps + 1)[:-1], self.shift)
-        return np.minimum(levels, 1 - _FIRST)
+        levels = np.linspace(*self.ends[self.spacing], self.steps + 1)[:-1]
+        return np.minimum(shifted(levels, self.shift), self.most)
 
     def init(self, x: Float[Array, "batch *shape"]) -> UniPCState:
         """The state before the first step, from noise `x`; float32."""
@@ -135,14 +140,43 @@ class UniPC:
         return UniPCState(following, x, m, state.clean)
 
 
+@dataclasses.dataclass(frozen=True)
+class DPMSolver(UniPC):
+    """DPM-Solver++ of order 2, multistep: the predictor of `UniPC` alone.
+
+    Formula: `x <- t/s x + (1-t) E (m + (m - m_1) / (2 r))` with r the ratio of the last `h` to this
+    one, which is UniPC's predictor with `r = -k`.
+
+    Attributes:
+      steps: denoising steps.
+      shift: of the noise levels, `shift s / (1 + (shift - 1) s)`.
+      order: 1 or 2; the first and the last step have order 1.
+      spacing: of the noise levels before the shift. "diffusers": from 0.999 towards 0; "original":
+        from 1 towards 0, so that the second step has order 1, too.
+
+    Raises:
+      ValueError: a field is out of range.
+
+    Reference: DPM-Solver++ (arXiv 2211.01095), algorithm 2; equal to `DPMSolverMultistepScheduler`
+    of Diffusers with `use_flow_sigmas` and to `FlowDPMSolverMultistepScheduler` of Wan.
+    """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        "diffusers": (1 - 1 / TIMES, 0.0),
+        "original": (1.0, 0.0),
+    }
+    most: ClassVar[float] = 1.0
+    corrects: ClassVar[bool] = False
+
+
 @functools.lru_cache(maxsize=32)
 def _weights(sampler: UniPC) -> tuple[np.ndarray, np.ndarray]:
     """Weights of the corrector on (x, last, m, m_1, m_2) and of the predictor on (x, m, m_1)."""
     sigma = sampler.sigmas.astype(np.float64)
     with np.errstate(divide="ignore"):
-        snr = np.log1p(-sigma) - np.log(sigma)  # infinite at the end, where there is no noise
+        snr = np.log1p(-sigma) - np.log(sigma)  # infinite where there is no noise, or nothing else
     correct, predict = np.zeros((sampler.steps, 5)), np.zeros((sampler.steps, 3))
-    correct[0, 0] = 1  # nothing to correct with yet
+    correct[0 if sampler.corrects else slice(None), 0] = 1  # nothing to correct with at first
 
     def order_of(n: int) -> int:
         return min(sampler.order, n + 1, sampler.steps - n)
@@ -154,8 +188,8 @@ def _weights(sampler: UniPC) -> tuple[np.ndarray, np.ndarray]:
         if order_of(n) == 2:
             slope = 0.5 * h / (snr[n - 1] - snr[n])
             predict[n] += 0, -gain * slope, gain * slope
-        if n + 1 == sampler.steps:
-            break
+        if n + 1 == sampler.steps or not sampler.corrects:
+            continue
         older, now = (0.0, 0.5)
         if order_of(n) == 2:
             k = (snr[n - 1] - snr[n]) / h

@@ -7,7 +7,11 @@ import pathlib
 
 import numpy as np
 import torch
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.schedulers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 OUT = pathlib.Path(__file__).parent / "wan" / "samplers.npz"
 
@@ -19,8 +23,13 @@ def field(x, time):
 
 
 def trajectory(scheduler, noise, **times):
-    """Times and the sample after each step."""
+    """Times and the sample after each step, of a scheduler whose times are not set yet."""
     scheduler.set_timesteps(**times)
+    return run(scheduler, noise)
+
+
+def run(scheduler, noise):
+    """Times and the sample after each step."""
     x, seen = torch.from_numpy(noise), []
     for time in scheduler.timesteps:
         x = scheduler.step(field(x, time), time, x, return_dict=False)[0]
@@ -31,6 +40,16 @@ def trajectory(scheduler, noise, **times):
 def unipc(shift, order=2):
     """The scheduler that Wan is published with."""
     return UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+        solver_order=order,
+    )
+
+
+def dpm(shift, order=2):
+    """Its DPM-Solver++ for models of flow matching."""
+    return DPMSolverMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         flow_shift=shift,
@@ -49,6 +68,9 @@ def trajectories(noise):
         "unipc_20_12": trajectory(unipc(12.0), noise, num_inference_steps=20),
         "unipc_20_5_first_order": trajectory(unipc(5.0, 1), noise, num_inference_steps=20),
         "unipc_20_5_original": trajectory(unipc(5.0), noise, sigmas=original),
+        "dpm_20_5": trajectory(dpm(5.0), noise, num_inference_steps=20),
+        "dpm_7_3": trajectory(dpm(3.0), noise, num_inference_steps=7),
+        "dpm_20_5_first_order": trajectory(dpm(5.0, 1), noise, num_inference_steps=20),
         "euler_20_5": trajectory(euler(shift=5.0), noise, num_inference_steps=20),
         "euler_7_3": trajectory(euler(shift=3.0), noise, num_inference_steps=7),
     }

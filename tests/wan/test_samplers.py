@@ -9,15 +9,22 @@ import numpy as np
 import pytest
 from vmonarch_jax.models.wan.guidance import guided
 from vmonarch_jax.models.wan.samplers import SAMPLERS, Euler, follow, sampler_of
-from vmonarch_jax.models.wan.unipc import UniPC
-from wan_sampling import CASES, field, relative
+from vmonarch_jax.models.wan.unipc import DPMSolver, UniPC
+from wan_sampling import CASES, ORIGINAL, field, relative
 
 GOLDENS = pathlib.Path(__file__).parent.parent / "goldens" / "wan" / "samplers.npz"
+GOLDENS_ORIGINAL = GOLDENS.with_name("samplers_original.npz")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_whole_trajectory_of_diffusers(name):
-    sampler, stored = CASES[name], np.load(GOLDENS)
+@pytest.mark.parametrize(
+    ("file", "name", "sampler"),
+    [
+        *((GOLDENS, *case) for case in CASES.items()),
+        *((GOLDENS_ORIGINAL, *case) for case in ORIGINAL.items()),
+    ],
+)
+def test_whole_trajectory_of_diffusers_and_of_the_original(file, name, sampler):
+    stored = np.load(file)
     np.testing.assert_allclose(sampler.times, stored[f"{name}_times"], rtol=1e-6)
     state = sampler.init(stored["noise"])
     step = jax.jit(sampler.step)
@@ -26,18 +33,21 @@ def test_whole_trajectory_of_diffusers(name):
         assert relative(state.x, stored[name][n]) <= 1e-5, f"step {n}"
 
 
-@pytest.mark.parametrize("name", ["unipc_20_5", "euler_7_3"])
+@pytest.mark.parametrize("name", ["unipc_20_5", "dpm_7_3", "euler_7_3"])
 def test_scan_is_the_host_loop(name):
     sampler, stored = CASES[name], np.load(GOLDENS)
     got = jax.jit(lambda x: follow(sampler, x, field))(stored["noise"])
     assert relative(got, stored[name][-1]) <= 1e-5
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_straight_flows_are_followed_exactly(name):
-    """Where every velocity is noise minus one video, any sampler ends on that video."""
+@pytest.mark.parametrize(
+    "sampler", [UniPC(9, 3.0), DPMSolver(9, 3.0, spacing="original"), Euler(9, 3.0)]
+)
+def test_straight_flows_are_followed_exactly(sampler):
+    """Where every velocity is noise minus one video, any sampler that starts from noise alone ends
+    on that video."""
     noise, video = np.random.default_rng(0).normal(size=(2, 1, 3, 4, 5, 6)).astype(np.float32)
-    got = follow(sampler_of(name, 9, 3.0), noise, lambda x, time: jnp.asarray(noise - video))
+    got = follow(sampler, noise, lambda x, time: jnp.asarray(noise - video))
     np.testing.assert_allclose(got, video, atol=2e-5)
 
 
@@ -51,11 +61,15 @@ def test_few_steps_are_finite(name, steps):
 def test_higher_order_converges_faster():
     noise = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8)), jnp.float32)
     smooth = lambda x, time: jnp.tanh(x) * jnp.cos(time / 1000)  # noqa: E731
+    exactly_noise = DPMSolver(20, 1.0, spacing="original")
     exact = follow(Euler(steps=4000, shift=1.0), noise, smooth)
     errors = {
         sampler: relative(follow(sampler, noise, smooth), np.asarray(exact))
-        for sampler in (UniPC(20, 1.0), UniPC(20, 1.0, order=1), Euler(20, 1.0))
-    }
+        for sampler in (
+            UniPC(20, 1.0), UniPC(20, 1.0, order=1), Euler(20, 1.0), exactly_noise
+        )
+    }  # fmt: skip
+    assert errors[UniPC(20, 1.0)] < errors[exactly_noise] < 0.5 * errors[Euler(20, 1.0)]
     assert errors[UniPC(20, 1.0)] < 0.5 * errors[UniPC(20, 1.0, order=1)]
     assert errors[UniPC(20, 1.0)] < 0.2 * errors[Euler(20, 1.0)]
 
@@ -78,6 +92,7 @@ def test_a_saved_state_goes_on_bit_for_bit(name):
 def test_samplers_are_values():
     assert hash(UniPC(20)) == hash(UniPC(20))
     assert UniPC(20) != UniPC(21)
+    assert UniPC(20) != DPMSolver(20)
     assert dataclasses.replace(UniPC(20), order=1).order == 1
 
 
@@ -88,6 +103,7 @@ def test_samplers_are_values():
         (lambda: Euler(5, shift=0.0), "shift > 0"),
         (lambda: UniPC(5, order=3), "order 1 or 2, got 3"),
         (lambda: UniPC(5, spacing="even"), "spacing"),
+        (lambda: sampler_of("euler", 5, 1.0, "original"), "'diffusers' of sampler 'euler', got"),
         (lambda: sampler_of("heun", 5, 1.0), "expected a sampler of .*got 'heun'"),
     ],
 )

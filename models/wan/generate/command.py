@@ -10,12 +10,13 @@ from ...attention_schedule import Attention, AttentionSchedule
 from ..pipeline import LoRAFile
 from ..samplers import SAMPLERS
 from ..sharding import AXES
+from ..unipc import SPACINGS
 from .run import Job, generate, plan
 
 # Flags that a request takes; what is not given is the model's own.
 _REQUEST = (
     "negative_prompt", "size", "frames", "steps", "guidance", "guidance_low", "shift", "sampler",
-    "seed",
+    "spacing", "seed",
 )  # fmt: skip
 
 
@@ -36,6 +37,10 @@ def add_generate(commands) -> None:
     group.add_argument("--guidance-low", type=float, metavar="W", help="of the expert of low noise")
     group.add_argument("--shift", type=float, metavar="S", help="of the noise levels")
     group.add_argument("--sampler", choices=SAMPLERS, help="default unipc")
+    group.add_argument(
+        "--sampler-spacing", dest="spacing", choices=SPACINGS,
+        help="of the noise levels: as in Diffusers (default), or as in the original repository",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, metavar="N", help="default 0")
     group = parser.add_argument_group("LoRA")
     files = {"type": folder, "action": "append", "default": [], "metavar": "FILE"}
