@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         # here and not above: a bare installation must get a sentence and no traceback
-        from . import commands
+        from . import cli_options, commands
         from .loop import Interrupted
     except ModuleNotFoundError as error:
         print(
@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(subparsers)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
-    except (ValueError, OSError) as error:
+        with cli_options.implementation_of(args):
+            args.run(args)
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"vmonarch {args.command}: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:

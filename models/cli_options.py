@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 import vmonarch_jax as vm
 from vmonarch_jax.corrected import DTYPES
+from vmonarch_jax.dispatch import BACKENDS, dispatch, names
 from vmonarch_jax.salad import SPARSE
 
 from .labels import MOTIONS, PHOTOS
@@ -102,6 +104,14 @@ def steps_list(text: str) -> tuple[int, ...]:
     return steps
 
 
+def implementations(text: str) -> tuple[str, ...]:
+    """Reads `pallas_gpu,cudnn,xla`: implementations, to be tried in turn."""
+    try:
+        return names(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 # Flags of attention methods: the field that each one sets, and how it is read.
 _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "--steps-attention": ("steps", {"type": int, "metavar": "N", "help": "alternating steps"}),
@@ -153,6 +163,28 @@ def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> No
     )  # fmt: skip
     for flag, (_, how) in _FIELDS.items():
         group.add_argument(flag, dest=_dest(flag), **how)
+    group.add_argument(
+        "--implementation", type=implementations, metavar="NAME,...",
+        help=f"kernels of all attention, tried in turn: {', '.join(BACKENDS)}; on a GPU nothing "
+        "but xla is taken unless it is named, such as pallas_gpu,cudnn,xla",
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def implementation_of(args: argparse.Namespace) -> Iterator[None]:
+    """Attention inside runs on the implementations that the flags name, if they do.
+
+    What a command makes does not depend on them but for rounding, so they are no part of what a
+    run that goes on is compared with.
+
+    Raises:
+      NotImplementedError: none of them can run on this device, with the reason of each.
+    """
+    chosen = getattr(args, "implementation", None)
+    with vm.default_implementation(chosen):
+        if chosen is not None:
+            dispatch(None, lambda backend: backend)  # before anything slow
+        yield
 
 
 def attention_of(args: argparse.Namespace) -> AttentionMethod:

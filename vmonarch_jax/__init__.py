@@ -17,6 +17,7 @@ from .block_sparse import (
 from .certificate import attention_gap
 from .corrected import Corrected, CorrectedState
 from .dense import dense_attention
+from .dispatch import default_implementation
 from .explain import Explanation, explain
 from .grid import VideoGrid
 from .guided import Guided, GuidedState
@@ -55,6 +56,7 @@ __all__ = [
     "attention_gap",
     "block_mass",
     "block_sparse_attention",
+    "default_implementation",
     "dense_attention",
     "dense_attention_mass",
     "explain",

@@ -1,7 +1,8 @@
 """Which implementation serves a call: a table and a loop."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -129,6 +130,32 @@ BACKENDS: dict[str, Callable[[], Backend] | None] = {
 # and the GPU routes, until they have been run on a GPU: what compiles may still be wrong.
 BEST = ("pallas_tpu", "xla")
 
+# Names that stand for `None`. `jax.jit` knows of it: what was traced under others is traced anew.
+_default = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def default_implementation(implementation: Implementation) -> Iterator[None]:
+    """Calls that are traced inside and name no implementation take this one.
+
+    A model makes many calls (self-attention, text, dense steps); this names the implementation of
+    all of them at once. A call that names its own keeps it. Functions under `jax.jit` are compiled
+    anew where the default changes. It holds in this thread.
+
+    Args:
+        implementation: a name, a sequence of names tried in turn, or `None`: the library's choice.
+
+    Raises:
+        ValueError: if a name is unknown or there is none.
+
+    Example:
+        >>> with vm.default_implementation(("pallas_gpu", "cudnn", "xla")):
+        ...     out = vm.VMonarch()(query, key, value, grid=grid)
+    """
+    chosen = None if implementation is None else names(implementation)
+    with _default(chosen):
+        yield
+
 
 def names(implementation: Implementation) -> tuple[str, ...]:
     """The names to try, in order.
@@ -137,7 +164,7 @@ def names(implementation: Implementation) -> tuple[str, ...]:
         ValueError: if a name is unknown or there is none.
     """
     if implementation is None:
-        return BEST
+        return _default.value or BEST
     if isinstance(implementation, str) or not isinstance(implementation, Sequence):
         implementation = (implementation,)  # pyright: ignore[reportAssignmentType]
     chosen = tuple(implementation)

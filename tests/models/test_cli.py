@@ -70,6 +70,7 @@ def test_train_finetune_sample(run, tmp_path, capsys):
         (["sample", "--model", "EXPORT", "--video", "fly:coffee"], "got 'fly'"),
         (["sample", "--model", "EXPORT", "--video", "cut:tea"], "got 'tea'"),
         (["sample", "--model", "EXPORT", "--steps", "0"], "expected steps >= 1"),
+        (["sample", "--model", "EXPORT", "--implementation", "cudnn"], "'cudnn': needs an NVIDIA"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(run, tmp_path, capsys, command, words):
@@ -90,6 +91,7 @@ def test_mistakes_get_one_line_and_status_2(run, tmp_path, capsys, command, word
         (["train", "--out", "a", "--steps", "many"], "invalid int value: 'many'"),
         (["explain", "--search-steps", "1,-2"], "expected steps from 0 such as 10,30, got '1,-2'"),
         (["explain", "--attention", "sparse"], "invalid choice: 'sparse'"),
+        (["explain", "--implementation", "xla,cuda"], "a sequence of these or None, got 'cuda'"),
         (["explain", "--grid", "21x30"], "expected FRAMESxHEIGHTxWIDTH such as 1x8x8, got '21x30'"),
     ],
 )
@@ -129,6 +131,13 @@ def test_methods_by_flags(flags, method):
     parser = argparse.ArgumentParser()
     add_attention(parser)
     assert attention_of(parser.parse_args(flags.split())) == method
+
+
+def test_implementation_of_all_calls(capsys):
+    assert main(["explain", "--grid", "2x8x8", "--implementation", "cudnn,reference"]) == 0
+    out = capsys.readouterr().out
+    assert "runs on         'reference'" in out
+    assert "'cudnn'" in out
 
 
 def test_conditions_by_name():
