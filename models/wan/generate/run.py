@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 import vmonarch_jax as vm
+from vmonarch_jax.dispatch import names
 
 from ...attention_schedule import Attention, runs_of
 from ...demo.files import write_json
@@ -148,6 +149,7 @@ def generate(job: Job) -> dict[str, Any]:
         "fps": ready.config.fps,
         "seconds": round(time.perf_counter() - began, 1),
         "device": jax.devices()[0].device_kind,
+        "implementation": list(names(None)),
     }
     written = video
     if others is not None:
