@@ -8,8 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from vmonarch_jax.models.flow import FlowConfig
 from vmonarch_jax.models.params import split_params
+from vmonarch_jax.models.step import abstract_state, make_update
 from vmonarch_jax.models.wan import presets
+from vmonarch_jax.models.wan.finetune.adapters import LoRA
+from vmonarch_jax.models.wan.finetune.prepare import (
+    Tuning,
+    abstract,
+    gradient_of,
+    train_config,
+)
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.linear_branch import with_linear_layers
 from vmonarch_jax.models.wan.sharding import Sharding
@@ -34,13 +43,13 @@ class Step:
 
     Attributes:
         function: called as `function(params, *inputs)`.
-        params: shapes by name, placed.
+        params: shapes by name, placed; of tuning, those of its state and of frozen weights.
         inputs: shapes, placed.
         unsplit: elements on one device of the largest activation that no token splits.
     """
 
     function: Callable[..., Any]
-    params: dict[str, jax.ShapeDtypeStruct]
+    params: dict[str, Any]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     unsplit: int = 0
 
@@ -49,7 +58,7 @@ class Step:
         """Bytes of the parameters on one device."""
         return sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in self.params.values()
+            for x in jax.tree.leaves(self.params)
             if x.sharding is not None
         )
 
@@ -87,6 +96,49 @@ def denoising(
             _input(sharding, text, jnp.bfloat16),
         ),
         unsplit=batch // sharding.ways("batch") * config.text_length * config.dim,
+    )
+
+
+def tuning(
+    part: str,
+    video: tuple[int, int, int],
+    batch: int,
+    attention: str,
+    sharding: Sharding,
+    how: str = "lora",
+    parts: int = 1,
+) -> Step:
+    """The step of `vmonarch finetune` with its defaults: "lora" adapters or the "full" model.
+
+    Its parameters are the frozen weights and the whole state, which it gives back anew in place.
+    """
+    wan = presets.MODELS[MODELS[part]]
+    kind = LoRA() if how == "lora" else None
+    tuned = Tuning(METHODS[attention], kind, linear_branch=attention == "salad")
+    mesh = sharding if sharding.mesh.size > 1 else None
+    model, trained, frozen = abstract(wan, tuned, sharding)
+    flow = FlowConfig(shift=wan.shift)
+    config = train_config(kind is None, batch_size=batch, flow=flow)
+    update = make_update(gradient_of(wan, model, flow, tuned, mesh, parts), config)
+    sizes = wan.transformer
+    text = (sizes.text_length, sizes.text_dim)
+    latents = (batch, *wan.vae.latent_size(*video), wan.vae.latent_channels)
+
+    def function(params: Any, latents: Any, text: Any, empty: Any) -> Any:
+        state, metrics = update.__wrapped__(
+            params["state"], {"latents": latents, "text": text}, params["frozen"], empty
+        )
+        return {"state": state}, metrics
+
+    return Step(
+        function,
+        {"state": abstract_state(trained, config), "frozen": frozen},
+        (
+            _input(sharding, latents, jnp.float32),
+            _input(sharding, (batch, *text), jnp.bfloat16),
+            _placed(jax.ShapeDtypeStruct(text, jnp.bfloat16), sharding.placed()),
+        ),
+        unsplit=batch // parts // sharding.ways("batch") * sizes.text_length * sizes.dim,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -148,26 +148,31 @@ def init_state(params: Params, config: TrainConfig) -> TrainState:
 
     What the optimizer keeps of a parameter lies where the parameter lies.
     """
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(params, config))
+    return jax.jit(functools.partial(_first_state, config), out_shardings=places)(params)
 
-    def make(params: Params) -> TrainState:
-        # a step donates the whole state, so it may share no buffer within itself or with the caller
-        own, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
-        ema = ema if config.ema_decay else {}
-        return TrainState(jnp.int32(0), own, ema, optimizer(config).init(params))
 
+def abstract_state(params: Mapping[str, Any], config: TrainConfig) -> TrainState:
+    """The shapes of `init_state`'s state with their places; `params` may be shapes, too."""
+    shapes = jax.eval_shape(functools.partial(_first_state, config), dict(params))
     places = {name: getattr(value, "sharding", None) for name, value in params.items()}
-    if not any(isinstance(place, NamedSharding) for place in places.values()):
-        return jax.jit(make)(params)
+    meshes = [place.mesh for place in places.values() if isinstance(place, NamedSharding)]
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         name = getattr(path[-1], "key", None)
-        if name in params and leaf.shape == params[name].shape:
-            return places[name]
-        return NamedSharding(mesh, PartitionSpec())
+        there = None if not meshes else NamedSharding(meshes[0], PartitionSpec())
+        if meshes and name in params and leaf.shape == params[name].shape:
+            there = places[name]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there)
 
-    mesh = next(place.mesh for place in places.values() if isinstance(place, NamedSharding))
-    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, params))
-    return jax.jit(make, out_shardings=shardings)(params)
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _first_state(config: TrainConfig, params: Params) -> TrainState:
+    # a step donates the whole state, so it may share no buffer within itself or with the caller
+    own, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+    ema = ema if config.ema_decay else {}
+    return TrainState(jnp.int32(0), own, ema, optimizer(config).init(params))
 
 
 def trained_alone(trained: Params) -> Params:
@@ -202,11 +207,11 @@ def make_step(
             config=config.flow,
         )
 
-    return make_update(loss_of, config)
+    return make_update(jax.value_and_grad(loss_of), config)
 
 
 def make_update(
-    loss_of: Callable[..., Float[Array, ""]], config: TrainConfig
+    gradient_of: Callable[..., tuple[Float[Array, ""], Params]], config: TrainConfig
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the compiled step of any loss, `(state, *inputs) -> (state, metrics)`.
 
@@ -217,7 +222,8 @@ def make_update(
     Metrics: `loss`, `grad_norm` (before clipping) and `learning_rate`. The state is donated.
 
     Args:
-      loss_of: called as `loss_of(params, key, *inputs)`; inputs are trees of arrays.
+      gradient_of: gives the loss and its gradient, such as `jax.value_and_grad(loss)`; called as
+        `gradient_of(params, key, *inputs)`, inputs being trees of arrays.
       config: the run's settings.
     """
     rule, schedule = optimizer(config), learning_rate(config)
@@ -225,7 +231,7 @@ def make_update(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, *inputs: Any):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, gradient = jax.value_and_grad(loss_of)(state.params, key, *inputs)
+        loss, gradient = gradient_of(state.params, key, *inputs)
         updates, rule_state = rule.update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))

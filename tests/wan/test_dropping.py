@@ -13,7 +13,7 @@ from flax import nnx
 from vmonarch_jax.models import cli, split_params
 from vmonarch_jax.models.flow import FlowConfig
 from vmonarch_jax.models.wan.finetune.gates import mean_gates
-from vmonarch_jax.models.wan.finetune.loss import noised, velocity_loss
+from vmonarch_jax.models.wan.finetune.loss import error_sum, noised
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.linear_branch import BRANCH, Gate, drop_linear_branches
 from vmonarch_jax.models.wan.pipeline import LoRAFile, WanPipeline
@@ -115,7 +115,7 @@ def test_mean_gates_are_over_batches_noised_as_in_tuning():
             seen.append((x, time, text))
             return jnp.zeros_like(x)
 
-        velocity_loss(velocity, batch, empty, key, flow=flow)
+        error_sum(velocity, noised(batch, empty, key, flow=flow), None)
         gates = jit(lambda model, *seen: model.gates(*seen, attention=METHOD))(model, *seen[0])
         expected.append(np.asarray(gates).mean(0))
     np.testing.assert_allclose(list(found.values()), np.mean(expected, 0), rtol=1e-5)

@@ -43,14 +43,14 @@ TUNING = Tuning(vm.VMonarch(), LoRA(rank=3, alpha=6), dtype="float32")
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """Runs with the same settings share one compiled step."""
-    kept, make_loss = {}, tuning.loss_of
+    kept, make = {}, tuning.gradient_of
 
-    def loss_of(found, model, config, how, sharding):
-        made = make_loss(found, model, config, how, sharding)
-        return kept.setdefault((found.folder, config, how), made)
+    def gradient_of(model_config, model, flow, how, *rest):
+        made = make(model_config, model, flow, how, *rest)
+        return kept.setdefault((model_config, flow, how, *rest), made)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "loss_of", loss_of)
+        patch.setattr(tuning, "gradient_of", gradient_of)
         patch.setattr(tuning, "make_update", functools.cache(tuning.make_update))
         yield
 

@@ -18,7 +18,7 @@ from vmonarch_jax.models.wan.finetune.adapters import (
     projections_of,
     split_adapters,
 )
-from vmonarch_jax.models.wan.finetune.loss import times_of, velocity_loss
+from vmonarch_jax.models.wan.finetune.loss import error_sum, noised, times_of
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.presets import MODELS
 from vmonarch_jax.models.wan.transformer import WanTransformer
@@ -106,10 +106,10 @@ def test_loss_hides_captions_and_gives_first_frames():
 
     def run(share=0.0, dropout=0.5, **more):
         flow = FlowConfig(caption_dropout=dropout, shift=5.0)
-        return velocity_loss(
-            velocity, batch | more, jnp.zeros((5, 2)), jax.random.key(0), flow=flow,
-            first_frame_share=share,
-        )  # fmt: skip
+        shown = noised(
+            batch | more, jnp.zeros((5, 2)), jax.random.key(0), flow=flow, first_frame_share=share
+        )
+        return error_sum(velocity, shown, more.get("image")) / shown.judged.sum()
 
     plain = run()
     hidden = np.asarray(seen["text"] == 0).all((1, 2))

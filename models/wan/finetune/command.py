@@ -15,13 +15,10 @@ from ..weights.detect import Found, detect
 from .adapters import LoRA
 from .cache import ClipCache, ClipSettings
 from .data import find_clips
-from .tune import LORA_FILE, Tuning, check_tuning, tune
+from .prepare import Tuning, check_tuning, train_config
+from .tune import LORA_FILE, tune
 
 _EXPERTS = {"high": "transformer", "low": "transformer_2"}
-# Where the settings of a run differ from `TrainConfig`'s own; thin adapters take larger steps.
-_DEFAULTS: dict[str, Any] = {"steps": 1000, "batch_size": 1}
-_LORA_DEFAULTS = _DEFAULTS | {"learning_rate": 1e-4}
-_FULL_DEFAULTS = _DEFAULTS | {"learning_rate": 1e-5, "ema_decay": 0.0}
 _FIRST_FRAME_SHARE = 0.2
 # Flags of the small model that mean nothing here, and those of a Wan model that mean nothing there.
 _NOT_HERE = ("label_dropout", "scan_layers", "remat", "workers")
@@ -193,9 +190,7 @@ def _tuning(args: argparse.Namespace, model: WanConfig) -> Tuning:
 
 def _train_config(args: argparse.Namespace, shift: float) -> TrainConfig:
     flow = FlowConfig(**{"shift": shift} | options.take_fields(args, FlowConfig))
-    values: dict[str, Any] = {**(_FULL_DEFAULTS if args.full else _LORA_DEFAULTS)}
-    values |= options.take_fields(args, TrainConfig)
-    return TrainConfig(**values, flow=flow)
+    return train_config(args.full, **options.take_fields(args, TrainConfig), flow=flow)
 
 
 def none_of(args: argparse.Namespace, names: tuple[str, ...], way: str) -> None:

@@ -77,26 +77,15 @@ def noised(
     return Noised(x, time, text, target, judged)
 
 
-def velocity_loss(
-    velocity,
-    batch: dict[str, Array],
-    empty: Float[Array, "length text_dim"],
-    key: Key[Array, ""],
-    *,
-    flow: FlowConfig,
-    span: tuple[float, float] = (0.0, 1.0),
-    first_frame_share: float = 0.0,
-) -> Float[Array, ""]:
-    """The mean squared error of the velocity, in float32.
+def error_sum(velocity, shown: Noised, image: Array | None) -> Float[Array, ""]:
+    """Sum over the judged frames of the mean squared error of the velocity, in float32.
 
-    Formula: `|v((1 - t) x + t noise, 1000 t, text) - (noise - x)|^2`, t shifted logit-normal.
+    Formula: `|v((1 - t) x + t noise, 1000 t, text) - (noise - x)|^2`.
 
     Args:
       velocity: the model, called as `velocity(latents, time, text, image)`.
-      batch, empty, key, flow, span, first_frame_share: as `noised` takes them.
+      shown: videos at their times; the mean over `shown.judged` is the loss of a batch.
+      image: states of their first frames, where the model takes them.
     """
-    x, time, text, target, judged = noised(
-        batch, empty, key, flow=flow, span=span, first_frame_share=first_frame_share
-    )
-    error = jnp.square(velocity(x, time, text, batch.get("image")) - target).mean((2, 3, 4))
-    return jnp.sum(error * judged) / jnp.maximum(judged.sum(), 1)
+    error = velocity(shown.x, shown.time, shown.text, image) - shown.target
+    return jnp.sum(jnp.square(error).mean((2, 3, 4)) * shown.judged)

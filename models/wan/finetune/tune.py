@@ -7,95 +7,28 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from ...loop import claim, run_steps
-from ...params import Params, split_params
+from ...params import Params
 from ...pipeline import batches
 from ...step import TrainConfig, TrainState, init_state, make_update
 from ..config import WanConfig
-from ..linear_branch import BRANCH, add_linear_branches
+from ..linear_branch import BRANCH
 from ..sharding import Sharding
-from ..transformer import Methods, WanTransformer
 from ..weights.detect import NOTE, STEMS, Found
-from ..weights.load import load_part
 from ..weights.lora import save_lora
-from ..weights.parts import abstract_part, part_entries
+from ..weights.parts import part_entries
 from ..weights.save import export_weights, save_weights
 from ..weights.stored import Stored
-from .adapters import LoRA, adapt, chosen_projections, deltas_of, split_adapters
+from .adapters import deltas_of
 from .cache import ClipCache, fingerprint
-from .loss import times_of, velocity_loss
+from .prepare import Tuning, check_tuning, gradient_of, prepare
 
 #: What a run leaves in its folder: the adapter, or the whole model.
 LORA_FILE, MODEL_FOLDER = "lora.safetensors", "model"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """What is tuned, beside how (`TrainConfig`) and on what (`ClipCache`).
-
-    Attributes:
-      attention: the method, or one a layer.
-      lora: the adapters, or `None`: all weights of the transformer.
-      part: "transformer", or "transformer_2": the expert of low noise.
-      dtype: "bfloat16" or "float32" of the matmuls, and of frozen weights. What is trained is
-        float32.
-      remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full".
-      first_frame_share: share of samples that are given their first frame (TI2V-5B).
-      linear_branch: whether all layers get SALAD's linear branch, which is then tuned as a whole,
-        also beside adapters.
-    """
-
-    attention: Methods
-    lora: LoRA | None = LoRA()  # noqa: RUF009 (frozen)
-    part: str = "transformer"
-    dtype: str = "bfloat16"
-    remat: str = "full"
-    first_frame_share: float = 0.0
-    linear_branch: bool = False
-
-    def config_of(self, config: WanConfig) -> WanConfig:
-        """The model once it is tuned."""
-        if not self.linear_branch:
-            return config
-        layers = tuple(range(config.transformer.layers))
-        transformer = dataclasses.replace(config.transformer, linear_layers=layers)
-        return dataclasses.replace(config, transformer=transformer)
-
-
-def check_tuning(found: Found, tuning: Tuning) -> None:
-    """Raises `ValueError` if a model can't be tuned so; reads no weights."""
-    config = found.config
-    expected = ["transformer", *(["transformer_2"] if config.boundary is not None else [])]
-    if tuning.part not in expected:
-        raise ValueError(f"{config.name}: expected a part of {expected}, got {tuning.part!r}")
-    found.require(tuning.part)
-    if not 0 <= tuning.first_frame_share <= 1:
-        raise ValueError(f"expected first_frame_share in [0, 1], got {tuning.first_frame_share}")
-    if tuning.first_frame_share and not config.first_frame:
-        raise ValueError(f"{config.name} is given no first frame: expected first_frame_share = 0")
-    if config.transformer.image_positions:
-        raise ValueError(
-            f"{config.name} makes a video between a first and a last image, "
-            "which is not supported: expected a model of one image"
-        )
-    if tuning.linear_branch and tuning.lora is None and len(expected) > 1:
-        raise ValueError(
-            f"{config.name}: expected adapters beside linear branches, because a whole model has "
-            "them in both experts or in none, and each is tuned alone; got all weights of one"
-        )
-    model: Any = abstract_part(tuning.config_of(config), tuning.part)
-    model.methods(tuning.attention)
-    if tuning.lora is not None:
-        chosen_projections(model, tuning.lora.projections)
 
 
 def tune(
@@ -105,6 +38,7 @@ def tune(
     tuning: Tuning,
     *,
     sharding: Sharding | None = None,
+    parts: int = 1,
     progress: bool = True,
     on_checkpoint: Callable[[TrainState], None] | None = None,
 ) -> pathlib.Path:
@@ -120,6 +54,8 @@ def tune(
       config: the run's settings; `flow.shift` is usually the model's.
       tuning: what is tuned.
       sharding: places parameters and activations on a mesh, or `None`: one device.
+      parts: in which a batch goes through the model, one after another; nothing but rounding
+        depends on them, and a run may go on with others.
       progress: whether to show progress bars.
       on_checkpoint: called with the state after each checkpoint is complete.
 
@@ -139,8 +75,13 @@ def tune(
     """
     found, folder = cache.found, pathlib.Path(folder)
     check_tuning(found, tuning)
+    if parts < 1 or config.batch_size % parts:
+        raise ValueError(
+            f"expected parts that divide batch_size = {config.batch_size}, got {parts}"
+        )
     if sharding is not None:
-        _check_mesh(tuning.config_of(found.config), tuning.part, config.batch_size, sharding)
+        tuned = tuning.config_of(found.config)
+        _check_mesh(tuned, tuning.part, config.batch_size // parts, sharding)
     if len(cache.clips) < config.batch_size:
         raise ValueError(
             f"expected at least batch_size = {config.batch_size} videos, got {len(cache.clips)}"
@@ -168,7 +109,8 @@ def tune(
     before = {n: np.asarray(v) for n, v in trained.items() if known and n.startswith(BRANCH)}
     state = init_state(trained, config)
     del trained  # the state has a copy of its own
-    step = make_update(loss_of(found, model, config, tuning, sharding), config)
+    gradient = gradient_of(found.config, model, config.flow, tuning, sharding, parts)
+    step = make_update(gradient, config)
     tuned = dataclasses.replace(found, config=tuning.config_of(found.config))
     entries = part_entries(tuned.config, tuning.part)
     note = {
@@ -204,76 +146,10 @@ def _check_mesh(model: WanConfig, part: str, batch: int, sharding: Sharding) -> 
     heads = model.transformer.heads
     for what, size, ways in (
         ("heads", heads, sharding.ways("heads") * sharding.ways("seq")),
-        ("videos a batch", batch, sharding.ways("batch")),
+        ("videos at a time", batch, sharding.ways("batch")),
     ):
         if size % ways:
             raise ValueError(f"expected a mesh whose {ways} shares divide the {size} {what}")
-
-
-def prepare(
-    found: Found, tuning: Tuning, seed: int, sharding: Sharding | None = None
-) -> tuple[WanTransformer, Params, Params]:
-    """`(model, trained, frozen)`: the model without values, and the parameters of either kind."""
-    sizes = dataclasses.replace(found.config.transformer, dtype=tuning.dtype, remat=tuning.remat)
-    found = dataclasses.replace(found, config=dataclasses.replace(found.config, transformer=sizes))
-    dtype = jnp.dtype(tuning.dtype) if tuning.lora is not None else jnp.float32
-    params = split_params(load_part(found, tuning.part, dtype, sharding))[1]
-    if tuning.linear_branch:
-        sizes, params = add_linear_branches(sizes, params, placement=sharding)
-        config = dataclasses.replace(found.config, transformer=sizes)
-        found = dataclasses.replace(found, config=config)
-    lora = tuning.lora
-    if lora is None:
-        model: Any = abstract_part(found.config, tuning.part)
-        return model, params, {}
-
-    def create() -> WanTransformer:
-        rngs = nnx.Rngs(seed)
-        return adapt(WanTransformer(sizes, rngs=rngs), lora, rngs=rngs)
-
-    def adapters() -> Params:
-        return split_adapters(split_params(create())[1])[0]
-
-    if sharding is None:
-        trained = jax.jit(adapters)()
-    else:
-        # thin matrices: every device holds all of them
-        whole = NamedSharding(sharding.mesh, PartitionSpec())
-        trained = jax.jit(adapters, out_shardings=whole)()
-    if tuning.linear_branch:
-        own = {name: value for name, value in params.items() if name.startswith(BRANCH)}
-        params = {name: value for name, value in params.items() if name not in own}
-        trained |= {name: value.astype(jnp.float32) for name, value in own.items()}
-    return nnx.eval_shape(create), trained, params
-
-
-def loss_of(
-    found: Found,
-    model: WanTransformer,
-    config: TrainConfig,
-    tuning: Tuning,
-    sharding: Sharding | None = None,
-) -> Callable[..., Array]:
-    """The loss as `make_update` takes it: `loss(trained, key, batch, frozen, empty)`."""
-    rebuild, _ = split_params(model)
-
-    def loss(trained: Params, key: Array, batch: Any, frozen: Params, empty: Array) -> Array:
-        module = rebuild(frozen | trained)
-
-        def velocity(latents, time, text, image):
-            return module(latents, time, text, image, attention=tuning.attention, sharding=sharding)
-
-        return velocity_loss(
-            velocity,
-            batch,
-            empty,
-            key,
-            flow=config.flow,
-            span=times_of(found.config, tuning.part),
-            first_frame_share=tuning.first_frame_share,
-        )
-
-    return loss
 
 
 def save_model(folder: pathlib.Path, found: Found, part: str, params: Params) -> None:
