@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..params import Params, split_params
 from .clip import preprocess_image
@@ -70,8 +70,15 @@ def image_states(
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
-    """The image at a size: scaled to cover it, and cut in the middle where its shape is another."""
+    """The image at a size: scaled to cover it, and cut in the middle where its shape is another.
+
+    A photograph is turned as its camera was held (EXIF), and what is transparent becomes white.
+    """
     width, height = size
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     scale = max(width / image.width, height / image.height)
     wide, high = (max(low, round(n * scale)) for n, low in zip(image.size, size, strict=True))

@@ -35,7 +35,7 @@ from .sharding import Sharding
 from .tokenizer import WanTokenizer
 from .transformer import WanTransformer
 from .weights.detect import Found, detect
-from .weights.load import load_part
+from .weights.load import check_files, load_part
 from .weights.lora import check_lora, linear_layers_of, merge_lora
 from .weights.parts import abstract_part, part_entries
 
@@ -135,11 +135,11 @@ class WanPipeline:
             branches, both experts get them, of zeros in the other.
 
         Raises:
-          ValueError: the folder lacks something that making a video takes, or a LoRA is of another
-            model.
+          ValueError: the folder lacks something that making a video takes, a file is damaged or
+            of another model, or a LoRA is.
         """
         found = found if isinstance(found, Found) else detect(found)
-        found.require(*found.required)
+        check_files(found)
         found = dataclasses.replace(found, config=with_dtype(found.config, dtype))
         text_length = found.config.transformer.text_length
         tokenizer = WanTokenizer.load(found.tokenizer or found.folder, text_length)

@@ -72,6 +72,11 @@ class Request:
         Raises:
           ValueError: the model can't make it, or a number is out of range.
         """
+        if config.boundary is None and given.get("guidance_low") is not None:
+            raise ValueError(
+                f"{config.name} has one transformer: expected no guidance_low, got "
+                f"{given['guidance_low']}"
+            )
         names = ("size", "frames", "steps", "guidance", "guidance_low", "shift")
         defaults = {name: getattr(config, name) for name in names}
         if "guidance" in given:

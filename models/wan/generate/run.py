@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 import sys
 import time
@@ -18,11 +19,12 @@ from PIL import Image, UnidentifiedImageError
 import vmonarch_jax as vm
 from vmonarch_jax.dispatch import names
 
-from ...attention_schedule import Attention, runs_of
+from ...attention_schedule import Attention, AttentionSchedule, runs_of
 from ...demo.files import write_json
 from ...demo.measure import likeness
 from ...demo.progress import phase
 from ..conditions import check_image, check_texts, fit_image
+from ..config import WanConfig
 from ..memory import after
 from ..pipeline import LoRAFile, Progress, WanPipeline, with_dtype
 from ..request import Request
@@ -215,22 +217,17 @@ def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: 
 def _check(job: Job) -> _Ready:
     """Finds every mistake that can be found without reading weights."""
     found = detect(job.weights)
-    found.require(*found.required)
     config = with_dtype(found.config, job.dtype)
     found = dataclasses.replace(found, config=config)
     request = Request.of(config, **job.request)
     if len(request.prompt) != 1:
         raise ValueError(f"expected one prompt, got {len(request.prompt)}")
-    grid, layers = request.grid(config), config.transformer.layers
-    for _, _, methods in runs_of(job.attention, request.steps, layers):
-        for method in set(methods):
-            vm.flops.attention(method, grid)  # its shapes must fit the grid
+    if not request.prompt[0].strip():
+        raise ValueError("expected a prompt, got an empty one")
+    _check_attention(job, request, config)
     check_image(config, job.image)
     pixels = None if job.image is None else fit_image(_read_image(job.image), request.size)
-    if job.out.suffix != ".mp4":
-        raise ValueError(f"expected an --out that ends in .mp4, got {job.out}")
-    if job.out.is_dir():
-        raise ValueError(f"expected --out to be a file, got the folder {job.out}")
+    _check_out(job.out)
     placement = None if job.mesh is None else _placement(job.mesh)
     if placement is not None:
         _check_placement(placement, found)
@@ -238,6 +235,28 @@ def _check(job: Job) -> _Ready:
     texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
     check_texts(pipeline.tokenizer, texts)
     return _Ready(job, found, request, pixels, pipeline)
+
+
+def _check_attention(job: Job, request: Request, config: WanConfig) -> None:
+    grid, layers = request.grid(config), config.transformer.layers
+    for attention in (job.attention, job.compare):
+        runs = [] if attention is None else runs_of(attention, request.steps, layers)
+        for method in {method for _, _, methods in runs for method in methods}:
+            vm.flops.attention(method, grid)  # its shapes must fit the grid
+    if isinstance(job.attention, AttentionSchedule):
+        dense = job.attention.warmup_steps
+        if dense > request.steps:
+            raise ValueError(f"expected at most {request.steps} dense steps, got {dense}")
+
+
+def _check_out(out: pathlib.Path) -> None:
+    if out.suffix != ".mp4":
+        raise ValueError(f"expected an --out that ends in .mp4, got {out}")
+    if out.is_dir():
+        raise ValueError(f"expected --out to be a file, got the folder {out}")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"expected --out in a folder that can be written to, got {there}")
 
 
 def _placement(sizes: Mapping[str, int]) -> Sharding:
@@ -268,8 +287,10 @@ def _partial_folder(out: pathlib.Path) -> pathlib.Path:
 
 def _read_image(path: pathlib.Path) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
+        image = Image.open(path)
+        image.load()
+        return image
     except FileNotFoundError as error:
         raise ValueError(f"{path}: expected an image, got no such file") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: expected an image, got a file that is none") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        raise ValueError(f"{path}: expected a whole image, got none: {error}") from error

@@ -55,7 +55,7 @@ def load_part(
     """
     entries = part_entries(found.config, part)
     found.require(part)
-    spec, sizes = PARTS[part], sizes_of(found.config, part)
+    spec = PARTS[part]
 
     def dtype_of(entry: Entry) -> Any:
         return jnp.float32 if matches(entry.diffusers, spec.float32) else dtype
@@ -64,11 +64,32 @@ def load_part(
     if found.convention == "orbax":
         params = restore_params(found.parts[part][0], entries, dtype_of, shardings)
     else:
-        stored = with_aliases(Stored(found.parts[part]), spec.aliases(sizes))
-        where = f"{found.folder}, {part}"
-        check_keys(stored, entries, found.convention, spec.ignored(sizes), where)
+        stored = _checked(found, part)
         params = load_params(stored, entries, found.convention, dtype_of, shardings)
     return split_params(abstract_part(found.config, part))[0](params)
+
+
+def check_files(found: Found) -> None:
+    """Raises `ValueError` if the files of any part that a video takes can't be loaded.
+
+    That is what `load_part` would find when the part's turn comes: a part or the tokenizer is not
+    there, a file is cut short, keys are missing, unexpected or misshapen. Headers alone are read;
+    of our own folders ("orbax"), which are written whole or not at all, nothing is.
+    """
+    found.require(*found.required)
+    if found.convention != "orbax":
+        for part in (part for part in found.required if part in PARTS):
+            _checked(found, part)
+
+
+def _checked(found: Found, part: str) -> dict[str, Tensor]:
+    """The stored tensors of a part, which are those that the model has."""
+    spec, sizes = PARTS[part], sizes_of(found.config, part)
+    stored = with_aliases(Stored(found.parts[part]), spec.aliases(sizes))
+    where = f"{found.folder}, {part}"
+    entries = part_entries(found.config, part)
+    check_keys(stored, entries, found.convention, spec.ignored(sizes), where)
+    return stored
 
 
 def with_aliases(stored: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
