@@ -15,11 +15,13 @@ class Case:
       kind: of `small_config`.
       request: what is asked.
       image: whether it starts from an image.
+      last: whether it ends on one, too.
     """
 
     kind: str
     request: Request
     image: bool = False
+    last: bool = False
 
     def noise(self):
         """Latents to start from, channels last."""
@@ -34,6 +36,10 @@ class Case:
         y, x = np.mgrid[0:height, 0:width]
         colours = [np.sin(x / 5) + np.cos(y / 7), np.sin((x + y) / 9), np.cos(x * y / 300)]
         return np.clip(127.5 + 60 * np.stack(colours, -1), 0, 255).astype(np.uint8)
+
+    def last_pixels(self):
+        """The last image: the first one upside down, darker; or `None`."""
+        return self.pixels()[::-1] // 2 if self.last else None
 
 
 def _request(prompt, **given):
@@ -50,7 +56,16 @@ CASES = {
     "image_5b": Case("ti2v", _request("a dog, a fox", size=(64, 96)), image=True),
     "image_clip": Case("i2v", _request("a red dog", size=(80, 48), shift=3.0), image=True),
     "image_two_experts": Case("i2v-two", _request("a dog on snow", guidance=3.5), image=True),
+    "two_images_clip": Case(
+        "flf2v",
+        _request(("a red dog", "the fox"), size=(48, 80), shift=16.0),
+        image=True,
+        last=True,
+    ),
+    "two_images_two_experts": Case(
+        "i2v-two", _request("a dog on snow", frames=9, guidance=3.5), image=True, last=True
+    ),
 }
 
 #: The cases that are stored as goldens.
-STORED = ("two_experts", "image_5b", "image_clip")
+STORED = ("two_experts", "image_5b", "image_clip", "two_images_clip")

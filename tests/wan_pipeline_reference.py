@@ -42,6 +42,8 @@ def reference(folder: pathlib.Path, case: Case) -> tuple[np.ndarray, np.ndarray]
     }
     if case.image:
         arguments["image"] = Image.fromarray(case.pixels())
+    if case.last:
+        arguments["last_image"] = Image.fromarray(case.last_pixels())
     with torch.no_grad():
         latents = pipe(**arguments, output_type="latent")[0]
         mean, std = (
@@ -66,7 +68,7 @@ def _pipeline(folder, case):
     }
     if (folder / "transformer_2").is_dir():
         parts["transformer_2"] = _transformer(folder / "transformer_2")
-    if case.kind == "i2v":
+    if (folder / "image_encoder").is_dir():
         parts["image_encoder"] = CLIPVisionModel.from_pretrained(folder / "image_encoder")
         size = parts["image_encoder"].config.image_size
         parts["image_processor"] = CLIPImageProcessor(

@@ -28,7 +28,7 @@ class Conditions(NamedTuple):
       negative: states of the negative prompt, one for each; `None`: no guidance.
       image: states of the image encoder (Wan2.1).
       beside: channels beside the latents' own: which frames are given, and the latents of a video
-        that starts with the image and goes on in grey.
+        that starts with the image, goes on in grey, and may end with a last image.
       first: the first latent frame, which is held fixed at time 0 (TI2V-5B).
     """
 
@@ -62,11 +62,12 @@ def check_texts(tokenizer: Any, texts: Sequence[str]) -> None:
 
 
 def image_states(
-    encoder: Any, pixels: UInt8[np.ndarray, "height width 3"]
+    encoder: Any, *images: UInt8[np.ndarray, "height width 3"]
 ) -> Float[Array, "1 n image_dim"]:
-    """The states of an image."""
-    square = preprocess_image(pixels, encoder.config.size)
-    return _apply(*nnx.split(encoder), square[None])
+    """The states of an image, or of several, one after the other."""
+    squares = np.stack([preprocess_image(pixels, encoder.config.size) for pixels in images])
+    states = _apply(*nnx.split(encoder), squares)
+    return states.reshape(1, -1, states.shape[-1])
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
@@ -93,16 +94,24 @@ def first_frame(vae: Any, pixels: UInt8[np.ndarray, "height width 3"]) -> Array:
 
 
 def beside_channels(
-    vae: Any, pixels: UInt8[np.ndarray, "height width 3"], frames: int
+    vae: Any,
+    pixels: UInt8[np.ndarray, "height width 3"],
+    frames: int,
+    last: UInt8[np.ndarray, "height width 3"] | None = None,
 ) -> Float[Array, "1 t h w extra"]:
-    """Mask and latents of a video of which the first frame is given.
+    """Mask and latents of a video of which the first frame is given, and maybe the last one.
 
     The mask has a channel for each frame of pixels in a latent frame: ones in the first latent
-    frame, zeros after. The other frames are grey, which is zero.
+    frame, zeros after, but for a last frame that is given. The other frames are grey, which is
+    zero.
     """
     video = jnp.zeros((1, frames, *pixels.shape)).at[0, 0].set(_normalised(pixels))
+    if last is not None:
+        video = video.at[0, -1].set(_normalised(last))
     latents = _encode(vae.config, split_params(vae)[1], video)
     mask = jnp.zeros((*latents.shape[:-1], vae.config.strides[0])).at[:, 0].set(1)
+    if last is not None:
+        mask = mask.at[:, -1, ..., -1].set(1)
     return jnp.concatenate([mask, latents], axis=-1)
 
 
@@ -112,17 +121,18 @@ def rebuild_vae(config: VAEConfig, params: Params) -> WanVAE:
     return split_params(abstract)[0](params)
 
 
-def check_image(config: WanConfig, image: object) -> None:
-    """Raises `ValueError` if the model needs an image and has none, or has no use for one."""
+def check_image(config: WanConfig, image: object, last: object = None) -> None:
+    """Raises `ValueError` if the model needs images and has none, or has no use for them."""
     if image is None and config.needs_image:
         raise ValueError(f"{config.name} makes a video from an image: expected one, got none")
     if image is not None and not config.takes_image:
         raise ValueError(f"{config.name} makes videos from text alone: expected no image, got one")
-    if config.transformer.image_positions:
+    if last is None and config.needs_last_image:
         raise ValueError(
-            f"{config.name} makes a video between a first and a last image, "
-            "which is not supported: expected a model of one image"
+            f"{config.name} makes a video between two images: expected a last image, got none"
         )
+    if last is not None and not config.takes_last_image:
+        raise ValueError(f"{config.name} knows of no last image: expected none, got one")
 
 
 def _normalised(pixels: np.ndarray) -> np.ndarray:

@@ -305,6 +305,16 @@ class WanConfig:
         """Whether it can't do without one."""
         return self.takes_image and not self.first_frame
 
+    @property
+    def takes_last_image(self) -> bool:
+        """Whether it can end on an image, too; those with one image's states can't."""
+        return self.needs_last_image or (self.needs_image and self.image is None)
+
+    @property
+    def needs_last_image(self) -> bool:
+        """Whether it can't do without a last image (FLF2V)."""
+        return self.transformer.image_positions is not None
+
     def grid_of(self, frames: int, height: int, width: int) -> vm.VideoGrid:
         """The token grid of a video in pixels.
 

@@ -183,6 +183,7 @@ class WanPipeline:
         request: Request,
         *,
         image: UInt8[np.ndarray, "height width 3"] | None = None,
+        last_image: UInt8[np.ndarray, "height width 3"] | None = None,
         attention: Attention | None = None,
         batched: bool = True,
         on_step: OnStep | None = None,
@@ -192,6 +193,7 @@ class WanPipeline:
         Args:
           request: what to make.
           image: the first frame, at the request's size (`fit_image`).
+          last_image: the last frame, likewise; for FLF2V and I2V-A14B.
           attention: of every layer, of each layer, or an `AttentionSchedule`; `None`: dense.
           batched: guidance in one call on a doubled batch, or in two calls and half the memory.
           on_step: called after each denoising step.
@@ -200,8 +202,7 @@ class WanPipeline:
           ValueError: the model can't do that.
         """
         request.grid(self.config)
-        check_image(self.config, image)
-        conditions = self.conditions(request, image)
+        conditions = self.conditions(request, image, last_image)
         latents = self.denoise(
             request, conditions, self.noise(request), attention=attention, batched=batched,
             on_step=on_step,
@@ -209,26 +210,34 @@ class WanPipeline:
         return self.decode(latents)
 
     def conditions(
-        self, request: Request, image: UInt8[np.ndarray, "height width 3"] | None = None
+        self,
+        request: Request,
+        image: UInt8[np.ndarray, "height width 3"] | None = None,
+        last_image: UInt8[np.ndarray, "height width 3"] | None = None,
     ) -> Conditions:
-        """Encodes prompts and image; the encoders are freed afterwards.
+        """Encodes prompts and images; the encoders are freed afterwards.
 
         Raises:
-          ValueError: a prompt is too long, or the image has another size than the request.
+          ValueError: a prompt is too long, an image has another size than the request, or there
+            are no two frames for two images.
         """
-        check_image(self.config, image)
+        check_image(self.config, image, last_image)
         width, height = request.size
-        if image is not None and image.shape != (height, width, 3):
-            raise ValueError(f"expected an image of {(height, width, 3)}, got {image.shape}")
+        images = [pixels for pixels in (image, last_image) if pixels is not None]
+        for pixels in images:
+            if pixels.shape != (height, width, 3):
+                raise ValueError(f"expected an image of {(height, width, 3)}, got {pixels.shape}")
+        if len(images) > request.frames:
+            raise ValueError(f"expected frames >= 2 between two images, got {request.frames}")
         text, negative = self._text(request)
         batch = len(text)
         states = beside = first = None
         if image is not None and self.config.image is not None:
-            states = self._repeat(image_states(self.part("image_encoder"), image), batch)
+            states = self._repeat(image_states(self.part("image_encoder"), *images), batch)
         if image is not None and self.config.first_frame:
             first = self._repeat(first_frame(self.part("vae"), image), batch)
         elif image is not None:
-            beside = beside_channels(self.part("vae"), image, request.frames)
+            beside = beside_channels(self.part("vae"), image, request.frames, last_image)
             beside = self._repeat(beside, batch)
         self.free()
         return Conditions(text, negative, states, beside, first)

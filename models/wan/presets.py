@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from .config import ImageConfig, TransformerConfig, VAEConfig, WanConfig
 
 # Mean and deviation of each latent channel, as published with the autoencoder of Wan2.2.
@@ -44,6 +46,8 @@ _LARGE_IMAGE = TransformerConfig(dim=5120, heads=40, layers=40, ffn_dim=13_824, 
 _LARGE_IMAGE_CLIP = TransformerConfig(
     dim=5120, heads=40, layers=40, ffn_dim=13_824, in_channels=36, image_dim=1280
 )
+# The states of two images: 257 of each.
+_LARGE_TWO_IMAGES = dataclasses.replace(_LARGE_IMAGE_CLIP, image_positions=514)
 
 #: Every model that weights are published for, with the settings that its authors sample with.
 MODELS = {
@@ -56,6 +60,10 @@ MODELS = {
         ),
         WanConfig(
             "wan2.1-i2v-14B-720P", _LARGE_IMAGE_CLIP, image=ImageConfig(), steps=40,
+            size=(1280, 720),
+        ),
+        WanConfig(
+            "wan2.1-flf2v-14B-720P", _LARGE_TWO_IMAGES, image=ImageConfig(), shift=16.0,
             size=(1280, 720),
         ),
         WanConfig(

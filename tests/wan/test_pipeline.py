@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def test_video_of_diffusers(name, tmp_path):
     case, stored = CASES[name], np.load(GOLDENS)
     pipeline = WanPipeline.open(random_folder(tmp_path / "wan", small_config(case.kind)), "float32")
-    conditions = pipeline.conditions(case.request, case.pixels())
+    conditions = pipeline.conditions(case.request, case.pixels(), case.last_pixels())
     got = pipeline.denoise(case.request, conditions, case.noise())
     expected = stored[f"{name}_latents"]
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -132,12 +132,19 @@ def test_image_errors(folder):
     images = WanPipeline(small_config("ti2v"), {})
     with pytest.raises(ValueError, match=r"expected an image of \(32, 64, 3\)"):
         images.conditions(request, np.zeros((64, 32, 3), np.uint8))
-    between = dataclasses.replace(
-        small_config("i2v"),
-        transformer=dataclasses.replace(small_config("i2v").transformer, image_positions=34),
-    )
-    with pytest.raises(ValueError, match="a first and a last image"):
-        WanPipeline(between, {}).conditions(request, np.zeros((32, 64, 3), np.uint8))
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    for kind, given, message in (
+        ("flf2v", (pixels,), "between two images: expected a last image, got none"),
+        ("flf2v", (None, pixels), "makes a video from an image: expected one, got none"),
+        ("i2v", (pixels, pixels), "knows of no last image: expected none, got one"),
+        ("ti2v", (pixels, pixels), "knows of no last image"),
+        ("i2v-two", (pixels, pixels[::2]), r"expected an image of .*, got \(16, 64, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WanPipeline(small_config(kind), {}).conditions(request, *given)
+    one = dataclasses.replace(request, frames=1)
+    with pytest.raises(ValueError, match="expected frames >= 2 between two images, got 1"):
+        WanPipeline(small_config("i2v-two"), {}).conditions(one, pixels, pixels)
 
 
 def test_an_image_that_fits_is_untouched():

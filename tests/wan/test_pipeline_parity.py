@@ -17,7 +17,7 @@ def test_video_of_diffusers(name, tmp_path):
     folder = random_folder(tmp_path / "wan", small_config(case.kind))
     latents, video = reference(folder, case)
     pipeline = WanPipeline.open(folder, dtype="float32")
-    conditions = pipeline.conditions(case.request, case.pixels())
+    conditions = pipeline.conditions(case.request, case.pixels(), case.last_pixels())
     got = np.asarray(pipeline.denoise(case.request, conditions, case.noise()))
     assert np.abs(got - latents).max() <= 1e-4 * np.abs(latents).max()
     got = np.asarray(pipeline.decode(got))

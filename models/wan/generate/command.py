@@ -28,6 +28,7 @@ def add_generate(commands) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--image", type=folder, metavar="FILE", help="the first frame")
+    parser.add_argument("--last-image", type=folder, metavar="FILE", help="the last frame")
     parser.add_argument("--out", type=folder, default=folder("video.mp4"), metavar="FILE")
     group = parser.add_argument_group("video (default: as the model's authors sample it)")
     group.add_argument("--size", type=options.size2, metavar="WIDTHxHEIGHT")
@@ -86,6 +87,7 @@ def _run(args: argparse.Namespace) -> None:
         out=args.out,
         attention=_attention(args),
         image=args.image,
+        last_image=args.last_image,
         dtype=args.dtype,
         batched=not args.two_calls,
         mesh=args.mesh,

@@ -47,6 +47,7 @@ class Job:
       out: the MP4 file.
       attention: of the denoising steps.
       image: the first frame, or `None`.
+      last_image: the last frame, or `None`.
       dtype: "bfloat16" or "float32".
       batched: guidance in one call on a doubled batch.
       mesh: devices along data, fsdp, context and tensor; `None`: one device.
@@ -61,6 +62,7 @@ class Job:
     out: pathlib.Path
     attention: Attention
     image: pathlib.Path | None = None
+    last_image: pathlib.Path | None = None
     dtype: str = "bfloat16"
     batched: bool = True
     mesh: Mapping[str, int] | None = None
@@ -77,7 +79,8 @@ class _Ready:
     job: Job
     found: Found
     request: Request
-    pixels: np.ndarray | None
+    image: np.ndarray | None
+    last_image: np.ndarray | None
     pipeline: WanPipeline
 
     @property
@@ -86,16 +89,17 @@ class _Ready:
 
     def identity(self) -> dict[str, Any]:
         """All that the result depends on, as JSON values."""
-        image = None
-        if self.pixels is not None:
-            image = hashlib.sha256(self.pixels.tobytes()).hexdigest()
+        images = {"image": self.image, "last_image": self.last_image}
         return {
             "model": self.config.name,
             "weights": self.found.folder.resolve().name,
             **dataclasses.asdict(self.request),
             "attention": str(self.job.attention),
             "compare": None if self.job.compare is None else str(self.job.compare),
-            "image": image,
+            **{
+                name: None if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest()
+                for name, pixels in images.items()
+            },
             "dtype": self.job.dtype,
             "batched": self.job.batched,
             "lora": [_lora_identity(one) for one in self.job.lora],
@@ -113,7 +117,7 @@ def plan(job: Job) -> Plan:
     ready = _check(job)
     return make_plan(
         ready.found, ready.config, ready.request, job.attention, job.batched,
-        ready.pixels is not None,
+        ready.image is not None,
     )  # fmt: skip
 
 
@@ -132,7 +136,8 @@ def generate(job: Job) -> dict[str, Any]:
     conditions = partial.conditions()
     if conditions is None:
         with phase("reading text and image", 1) as bar:
-            conditions = jax.block_until_ready(pipeline.conditions(request, ready.pixels))
+            conditions = pipeline.conditions(request, ready.image, ready.last_image)
+            jax.block_until_ready(conditions)
             bar.update()
         partial.keep_conditions(conditions)
     latents, certificate = _denoise(ready, partial, conditions, "main", job.attention)
@@ -225,8 +230,11 @@ def _check(job: Job) -> _Ready:
     if not request.prompt[0].strip():
         raise ValueError("expected a prompt, got an empty one")
     _check_attention(job, request, config)
-    check_image(config, job.image)
-    pixels = None if job.image is None else fit_image(_read_image(job.image), request.size)
+    check_image(config, job.image, job.last_image)
+    images = [
+        None if path is None else fit_image(_read_image(path), request.size)
+        for path in (job.image, job.last_image)
+    ]
     _check_out(job.out)
     placement = None if job.mesh is None else _placement(job.mesh)
     if placement is not None:
@@ -234,7 +242,7 @@ def _check(job: Job) -> _Ready:
     pipeline = WanPipeline.open(found, job.dtype, placement, job.lora)
     texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
     check_texts(pipeline.tokenizer, texts)
-    return _Ready(job, found, request, pixels, pipeline)
+    return _Ready(job, found, request, *images, pipeline)
 
 
 def _check_attention(job: Job, request: Request, config: WanConfig) -> None:

@@ -270,14 +270,16 @@ def _nearest(
 
     def kind(sizes: TransformerConfig, two: bool) -> tuple[bool, ...]:
         image = sizes.in_channels > sizes.out_channels, sizes.image_dim is not None
-        return two, sizes.per_token_time, *image
+        return two, sizes.per_token_time, *image, sizes.image_positions is not None
 
     wanted = kind(transformer, two)
     alike = [m for m in MODELS.values() if kind(m.transformer, m.boundary is not None) == wanted]
     equal = [m for m in alike if m.transformer == transformer]
     if equal:
-        # Two published models differ in nothing but the shift.
-        small = shift == 3.0 or (shift is None and "480" in folder.resolve().name)
+        # Two published models differ in nothing but the shift, which downloads do not all say
+        # right: the folder's name goes first.
+        name = folder.resolve().name.upper()
+        small = "480P" in name or ("720P" not in name and shift == 3.0)
         chosen = next((m for m in equal if small == m.name.endswith("480P")), equal[0])
         return dataclasses.replace(chosen, boundary=boundary or chosen.boundary)
     chosen = alike[0] if alike else MODELS["wan2.1-t2v-1.3B"]

@@ -21,6 +21,7 @@ from .save import export_weights
 KINDS = {
     "t2v": "wan2.1-t2v-1.3B",
     "i2v": "wan2.1-i2v-14B-480P",
+    "flf2v": "wan2.1-flf2v-14B-720P",
     "t2v-two": "wan2.2-t2v-A14B",
     "i2v-two": "wan2.2-i2v-A14B",
     "ti2v": "wan2.2-ti2v-5B",
@@ -49,14 +50,16 @@ def small_config(kind: str = "t2v", dtype: str = "float32") -> WanConfig:
         dim=8, decoder_dim=8, latent_channels=channels, multipliers=(1, 2, 2, 2), blocks=1,
         mean=_MEAN, std=_STD, patch=model.vae.patch, residual=model.vae.residual,
     )  # fmt: skip
-    image = None
+    image = positions = None
     if model.image is not None:
         image = ImageConfig(dim=24, heads=3, ffn_dim=40, layers=3, size=28, patch=7, dtype=dtype)
+    if image is not None and model.needs_last_image:
+        positions = 2 * ((image.size // image.patch) ** 2 + 1)
     transformer = TransformerConfig(
         dim=48, heads=3, layers=3, ffn_dim=84, out_channels=channels,
         in_channels=channels + (4 + channels if model.needs_image else 0),
         text_dim=20, freq_dim=32, image_dim=None if image is None else image.dim,
-        per_token_time=model.first_frame, dtype=dtype,
+        image_positions=positions, per_token_time=model.first_frame, dtype=dtype,
     )  # fmt: skip
     text = TextConfig(
         vocabulary=len(_WORDS) + 40, dim=20, heads=2, head_dim=8, ffn_dim=28, layers=2,
