@@ -114,15 +114,23 @@ def implementations(text: str) -> tuple[str, ...]:
 
 # Flags of attention methods: the field that each one sets, and how it is read.
 _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "--steps-attention": ("steps", {"type": int, "metavar": "N", "help": "alternating steps"}),
+    "--steps-attention": ("steps", {"type": int, "metavar": "N", "help": "alternating updates"}),
     "--recompute-frames": (
         "recompute_frames",
         {"type": int, "metavar": "N", "help": "first frames with exact attention"},
     ),
-    "--block": ("block", {"type": shape3, "metavar": "TxHxW", "help": "block shape in tokens"}),
-    "--tile": ("tile", {"type": shape3, "metavar": "TxHxW", "help": "tile shape in tokens"}),
-    "--window": ("window", {"type": shape3, "metavar": "TxHxW", "help": "window in tokens"}),
-    "--sparse": ("sparse", {"choices": SPARSE, "help": "of salad: a window, or the best blocks"}),
+    "--block": ("block", {"type": shape3, "metavar": "TxHxW", "help": "block in tokens; default: a frame, of tiled a row"}),
+    "--tile": (
+        "tile",
+        {
+            "type": shape3,
+            "metavar": "TxHxW",
+            "help": "tile in tokens; default: all tokens, of tiled a frame, of window and salad a "
+            "box of a block's size",
+        },
+    ),
+    "--window": ("window", {"type": shape3, "metavar": "TxHxW", "help": "in tokens; default: by --sparsity"}),
+    "--sparse": ("sparse", {"choices": SPARSE, "help": "a window, or the best blocks"}),
     "--sparsity": (
         "sparsity",
         {"type": float, "metavar": "S", "help": "share of the key blocks that are left out"},
@@ -130,7 +138,7 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "--block-size": ("block_size", {"type": int, "metavar": "N", "help": "tokens of a block"}),
     "--warmup-attention": (
         "warmup_steps",
-        {"type": int, "metavar": "N", "help": "of adaspa: first sampling steps, dense"},
+        {"type": int, "metavar": "N", "help": "first sampling steps, dense"},
     ),
     "--search-steps": (
         "search_steps",
@@ -138,22 +146,22 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "--exact-blocks": (
         "exact_blocks",
-        {"type": int, "metavar": "N", "help": "of guided: key blocks with exact attention"},
+        {"type": int, "metavar": "N", "help": "key blocks with exact attention"},
     ),
     "--refresh-every": (
         "every",
-        {"type": int, "metavar": "N", "help": "refresh on every Nth sampling step"},
+        {"type": int, "metavar": "N", "help": "refresh on every Nth sampling step; default: of corrected 10"},
     ),
     "--refresh-steps": (
         "refresh_steps",
-        {"type": steps_list, "metavar": "N,N", "help": "refresh on these sampling steps"},
+        {"type": steps_list, "metavar": "N,N", "help": "refresh on these sampling steps instead"},
     ),
-    "--residual": ("dtype", {"choices": DTYPES, "help": "of corrected: dtype of what it keeps"}),
+    "--residual": ("dtype", {"choices": DTYPES, "help": "dtype of what it keeps"}),
 }
 
 
-def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> None:
-    """Adds the flags that choose an attention method."""
+def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> Any:
+    """Adds the flags that choose an attention method; returns their group."""
     group = parser.add_argument_group("attention")
     group.add_argument("--attention", choices=METHODS, default=default, help=f"default {default}")
     group.add_argument(
@@ -162,12 +170,24 @@ def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> No
         "default vmonarch",
     )  # fmt: skip
     for flag, (_, how) in _FIELDS.items():
-        group.add_argument(flag, dest=_dest(flag), **how)
+        group.add_argument(flag, dest=_dest(flag), **(how | {"help": _help(flag)}))
     group.add_argument(
         "--implementation", type=implementations, metavar="NAME,...",
         help=f"kernels of all attention, tried in turn: {', '.join(BACKENDS)}; on a GPU nothing "
         "but xla is taken unless it is named, such as pallas_gpu,cudnn,xla",
     )  # fmt: skip
+
+
+def _help(flag: str) -> str:
+    """What a flag is, and the methods that have it, with their defaults."""
+    name, how = _FIELDS[flag]
+    found = []
+    for method, kind in METHODS.items():
+        default = {field.name: field.default for field in dataclasses.fields(kind)}.get(name, ())
+        if default != ():
+            text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            found.append(method if default is None else f"{method} ({text})")
+    return f"{how['help']} [{', '.join(found)}]"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 
 from ... import cli_options as options
@@ -22,17 +23,27 @@ _REQUEST = (
 
 def add_generate(commands) -> None:
     """`vmonarch generate`: a video from a prompt by a Wan model, under any attention method."""
-    parser = commands.add_parser("generate", help="make a video with a Wan model")
+    parser = commands.add_parser(
+        "generate", help="make a video with a Wan model",
+        description="Makes a video with a Wan model under any attention method.",
+        usage="vmonarch generate --weights DIR --prompt TEXT [--out FILE.mp4] [options]",
+    )  # fmt: skip
     folder = pathlib.Path
-    parser.add_argument("--weights", type=folder, required=True, metavar="DIR")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    parser.add_argument(
+        "--weights", type=folder, required=True, metavar="DIR",
+        help="as downloaded, in the original layout or that of Diffusers",
+    )  # fmt: skip
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from; default none")
     parser.add_argument("--image", type=folder, metavar="FILE", help="the first frame")
     parser.add_argument("--last-image", type=folder, metavar="FILE", help="the last frame")
-    parser.add_argument("--out", type=folder, default=folder("video.mp4"), metavar="FILE")
-    group = parser.add_argument_group("video (default: as the model's authors sample it)")
-    group.add_argument("--size", type=options.size2, metavar="WIDTHxHEIGHT")
-    group.add_argument("--frames", type=int, metavar="N")
+    parser.add_argument(
+        "--out", type=folder, default=folder("video.mp4"), metavar="FILE",
+        help="an .mp4, with its settings beside it as .json; default video.mp4",
+    )  # fmt: skip
+    group = parser.add_argument_group("video", "Defaults: as the model's authors sample it.")
+    group.add_argument("--size", type=options.size2, metavar="WIDTHxHEIGHT", help="in pixels")
+    group.add_argument("--frames", type=int, metavar="N", help="4 n + 1, such as 81")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     group.add_argument("--guidance", type=float, metavar="W", help="1 is none, at half the cost")
     group.add_argument("--guidance-low", type=float, metavar="W", help="of the expert of low noise")
@@ -48,39 +59,48 @@ def add_generate(commands) -> None:
     group.add_argument("--lora", **files, help="merged onto the transformer; may be repeated")
     group.add_argument("--lora-low", **files, help="likewise, onto the expert of low noise")
     group.add_argument("--lora-strength", type=float, default=1.0, metavar="S", help="default 1")
-    options.add_attention(parser, "vmonarch")
-    parser.add_argument(
-        "--dense-steps", type=int, default=0, metavar="N", help="first steps under dense attention"
-    )
-    parser.add_argument(
+    group = options.add_attention(parser, "vmonarch")
+    group.add_argument(
+        "--dense-steps", type=int, default=0, metavar="N",
+        help="first denoising steps under dense attention, whatever the method; default 0",
+    )  # fmt: skip
+    group.add_argument(
         "--dense-layers", type=_numbers, default=(), metavar="N,N",
         help="layers under dense attention, such as --dense-layers=0,-1 for the outermost",
     )  # fmt: skip
-    parser.add_argument(
+    group = parser.add_argument_group("results")
+    group.add_argument(
         "--compare", choices=options.METHODS, metavar="METHOD",
-        help="make the video under this method too, write both side by side, and report PSNR, "
+        help="make the video under this method too (with its defaults), write both side by side, and report PSNR, "
         "SSIM and the certificate of each layer",
     )  # fmt: skip
-    parser.add_argument("--png", action="store_true", help="write the frames as PNG files too")
-    parser.add_argument(
+    group.add_argument("--png", action="store_true", help="write the frames as PNG files too")
+    group.add_argument(
+        "--resume", action="store_true",
+        help="go on with a run that was interrupted, from what it kept in FILE.mp4.partial",
+    )  # fmt: skip
+    group.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything, say what would be loaded, the memory and the FLOPs, and stop",
+    )  # fmt: skip
+    group = parser.add_argument_group("memory and devices")
+    group.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16"
     )
-    parser.add_argument(
+    group.add_argument(
         "--two-calls", action="store_true", help="guidance in two calls, in half the memory"
     )
-    parser.add_argument(
+    group.add_argument(
         "--mesh", type=options.mesh_axes, metavar="AXIS=N,...",
-        help=f"devices along {', '.join(AXES)}",
+        help=f"devices along {', '.join(AXES)}, such as context=4; default: one device",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be loaded, the memory and the FLOPs"
-    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in _REQUEST}
+    if not math.isfinite(args.lora_strength):
+        raise ValueError(f"expected a --lora-strength that is finite, got {args.lora_strength}")
     job = Job(
         weights=args.weights,
         request={"prompt": args.prompt} | {n: v for n, v in given.items() if v is not None},
@@ -109,6 +129,10 @@ def _run(args: argparse.Namespace) -> None:
 
 def _attention(args: argparse.Namespace) -> Attention:
     method = options.attention_of(args)
+    if args.dense_steps < 0:
+        raise ValueError(f"expected --dense-steps >= 0, got {args.dense_steps}")
+    if len(set(args.dense_layers)) < len(args.dense_layers):
+        raise ValueError(f"expected each of --dense-layers once, got {args.dense_layers}")
     if not args.dense_steps and not args.dense_layers:
         return method
     dense = options.METHODS["dense"]()

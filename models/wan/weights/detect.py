@@ -210,6 +210,11 @@ def _diffusers(folder: Path) -> Found:
         raise ValueError(
             f"{folder}: expected a transformer in transformer/config.json; found {_listing(folder)}"
         )
+    if (index.get("transformer_2") or [None])[0] and "transformer_2" not in places:
+        raise ValueError(
+            f"{folder}: expected transformer_2/config.json, because model_index.json names two "
+            f"experts; found {_listing(folder)}: is the download complete?"
+        )
     configs = {part: read_config(part, at / "config.json") for part, at in places.items()}
     transformer: TransformerConfig = configs["transformer"]
     if configs.get("transformer_2", transformer) != transformer:
