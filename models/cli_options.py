@@ -119,7 +119,14 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
         "recompute_frames",
         {"type": int, "metavar": "N", "help": "first frames with exact attention"},
     ),
-    "--block": ("block", {"type": shape3, "metavar": "TxHxW", "help": "block in tokens; default: a frame, of tiled a row"}),
+    "--block": (
+        "block",
+        {
+            "type": shape3,
+            "metavar": "TxHxW",
+            "help": "block in tokens; default: a frame, of tiled a row",
+        },
+    ),
     "--tile": (
         "tile",
         {
@@ -129,7 +136,10 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
             "box of a block's size",
         },
     ),
-    "--window": ("window", {"type": shape3, "metavar": "TxHxW", "help": "in tokens; default: by --sparsity"}),
+    "--window": (
+        "window",
+        {"type": shape3, "metavar": "TxHxW", "help": "in tokens; default: by --sparsity"},
+    ),
     "--sparse": ("sparse", {"choices": SPARSE, "help": "a window, or the best blocks"}),
     "--sparsity": (
         "sparsity",
@@ -150,7 +160,11 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "--refresh-every": (
         "every",
-        {"type": int, "metavar": "N", "help": "refresh on every Nth sampling step; default: of corrected 10"},
+        {
+            "type": int,
+            "metavar": "N",
+            "help": "refresh on every Nth sampling step; default: of corrected 10",
+        },
     ),
     "--refresh-steps": (
         "refresh_steps",
@@ -176,6 +190,7 @@ def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> An
         help=f"kernels of all attention, tried in turn: {', '.join(BACKENDS)}; on a GPU nothing "
         "but xla is taken unless it is named, such as pallas_gpu,cudnn,xla",
     )  # fmt: skip
+    return group
 
 
 def _help(flag: str) -> str:

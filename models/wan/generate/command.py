@@ -34,7 +34,9 @@ def add_generate(commands) -> None:
         help="as downloaded, in the original layout or that of Diffusers",
     )  # fmt: skip
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from; default none")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what to keep away from; default none"
+    )
     parser.add_argument("--image", type=folder, metavar="FILE", help="the first frame")
     parser.add_argument("--last-image", type=folder, metavar="FILE", help="the last frame")
     parser.add_argument(
@@ -71,8 +73,8 @@ def add_generate(commands) -> None:
     group = parser.add_argument_group("results")
     group.add_argument(
         "--compare", choices=options.METHODS, metavar="METHOD",
-        help="make the video under this method too (with its defaults), write both side by side, and report PSNR, "
-        "SSIM and the certificate of each layer",
+        help="make the video under this method too, with its defaults; write both side by side, and "
+        "report PSNR, SSIM and the certificate of each layer",
     )  # fmt: skip
     group.add_argument("--png", action="store_true", help="write the frames as PNG files too")
     group.add_argument(
