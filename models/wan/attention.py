@@ -61,8 +61,9 @@ class SelfAttention(_Projections):
 
         `branch` says whether the linear branch, if there is one, is used; `None`: it is.
         """
-        q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x)
-        # Norm and turn are float32 together and rounded once.
+        # Norm and turn are float32, each rounded once, as in Diffusers.
+        q, k = (a.astype(x.dtype) for a in (self.q_norm(self.q(x)), self.k_norm(self.k(x))))
+        v = self.v(x)
         turned = (rotate(a, *rope).astype(x.dtype) for a in (q, k))
         heads = (place.constrain(a, "batch", "heads", "seq", None) for a in (*turned, v))
         # Methods take token-major arrays and turn them heads-major: XLA cancels both turns.

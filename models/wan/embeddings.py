@@ -140,11 +140,29 @@ def rotate(
     cos: Float[Array, "seq head_dim"],
     sin: Float[Array, "seq head_dim"],
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Turns each interleaved pair `(x[2p], x[2p+1])` by its angle.
+    """Turns each interleaved pair `(x[2p], x[2p+1])` by its angle, in float32.
 
-    Formula: `x * cos + partner * sin`, where the partner of `(a, b)` is `(-b, a)`. Shifting the
-    channels by one gives the partners without an axis of length 2, which a TPU would pad to 128.
+    Formula: `x * cos + partner * sin`, where the partner of `(a, b)` is `(-b, a)`.
     """
-    even = np.arange(x.shape[-1]) % 2 == 0
-    partner = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    # Either is exact; in one pass over x, with the norm before and the rounding after, go a product
+    # on a TPU and shifted channels on a GPU. The other is first written out there, in float32.
+    partner = jax.lax.platform_dependent(x, cuda=partner_by_shift, default=partner_by_product)
     return x * cos + partner * sin
+
+
+def partner_by_product(x: Float[Array, "*rows head_dim"]) -> Float[Array, "*rows head_dim"]:
+    """The partners in float32, by a matrix of one 1 or -1 a column."""
+    dim = x.shape[-1]
+    swap = np.zeros((dim, dim), np.float32)
+    first = np.arange(0, dim, 2)
+    swap[first + 1, first], swap[first, first + 1] = -1, 1
+    return jnp.einsum(
+        "...d,de->...e", x, jnp.asarray(swap, x.dtype), precision=exact(x),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def partner_by_shift(x: Float[Array, "*rows head_dim"]) -> Float[Array, "*rows head_dim"]:
+    """The partners in float32, of channels shifted by one."""
+    x, even = x.astype(jnp.float32), np.arange(x.shape[-1]) % 2 == 0
+    return jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
