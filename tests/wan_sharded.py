@@ -17,10 +17,15 @@ from flax import nnx
 from remembering import Echo
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.collectives import collectives, unannounced
+from vmonarch_jax.models.wan.conditions import Conditions
 from vmonarch_jax.models.wan.config import TransformerConfig
+from vmonarch_jax.models.wan.generate.compare import certify
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.linear_branch import BRANCH
 from vmonarch_jax.models.wan.memory import begin
+from vmonarch_jax.models.wan.pipeline import WanPipeline
+from vmonarch_jax.models.wan.presets import MODELS
+from vmonarch_jax.models.wan.request import Request
 from vmonarch_jax.models.wan.sharding import Sharding, make_mesh
 from vmonarch_jax.models.wan.transformer import WanTransformer
 
@@ -256,6 +261,49 @@ def linear():
     return found
 
 
+def certificate():
+    """The certificate of a step by a pipeline on a mesh, and by one on one device."""
+    config = dataclasses.replace(
+        MODELS["wan2.1-t2v-1.3B"],
+        transformer=dataclasses.replace(CONFIG, layers=3, in_channels=16, out_channels=16),
+    )
+    request = Request.of(config, prompt="", size=(8 * 6, 8 * 10), frames=9, steps=3)
+    assert request.grid(config) == GRID
+    conditions = Conditions(drawn(1, 1, TEXT, CONFIG.text_dim), drawn(2, 1, TEXT, CONFIG.text_dim))
+    rebuild, params = split_params(WanTransformer(config.transformer, rngs=nnx.Rngs(0)))
+    # tiers are compared between the heads of a device, so here all of them are alike
+    sparse = vm.AdaSpa(0.5, 8, (0,), warmup_steps=0, head_adaptive=False)
+    cases = (
+        ({"data": 2, "context": 2, "tensor": 2}, (vm.VMonarch(), sparse, vm.Corrected()), True, 1),
+        ({"context": 8}, (vm.VMonarch(), vm.VMonarch(), vm.Corrected()), False, 0),
+    )
+
+    def certified(sharding, methods, batched, steps):
+        placed = params
+        if sharding is not None:
+            entries = transformer_entries(config.transformer)
+            placed = jax.device_put(params, sharding.param_shardings(entries))
+        parts = {"transformer": rebuild(placed)}
+        pipeline = WanPipeline(config, parts, placement=sharding)
+        progress = pipeline.begin(request, pipeline.noise(request))
+        for n in range(steps):
+            progress = pipeline.step(
+                request, conditions, n, progress, attention=methods, batched=batched
+            )
+        return certify(pipeline, request, conditions, steps, progress, methods, batched)
+
+    found = {}
+    for sizes, *how in cases:
+        want, got = (certified(sharding, *how) for sharding in (None, Sharding(make_mesh(**sizes))))
+        *want, none = ([row["mean_kl"], row["max_kl"]] for row in want)
+        *got, also = ([row["mean_kl"], row["max_kl"]] for row in got)
+        found[str(sizes)] = {"got": got, "want": want, "none": [none, also]}
+    return found
+
+
 if __name__ == "__main__":
-    parts = {"attention": attention, "model": model, "memory": memory, "linear": linear}
+    parts = {
+        "attention": attention, "model": model, "memory": memory, "linear": linear,
+        "certificate": certificate,
+    }  # fmt: skip
     print(json.dumps(parts[sys.argv[1]](*sys.argv[2:])))

@@ -302,10 +302,12 @@ class WanPipeline:
         attention: Attention | None = None,
         batched: bool = True,
         in_place: bool = False,
+        forget: bool = True,
     ) -> Progress:
         """The progress after step `index`, counted from 0, given that before it.
 
         With `in_place` what attention remembers is not there twice; that of `progress` is used up.
+        With `forget` nothing is remembered behind the last step of an expert.
         """
         part, guidance = request.experts(self.config)[index]
         model = self.part(part)
@@ -327,7 +329,8 @@ class WanPipeline:
             graph, methods, request.sampler_value(), batched, self.placement, weights, state, seen,
             jnp.int32(index), jnp.float32(guidance), memory,
         )  # fmt: skip
-        return Progress(state, () if let_go(self.config, request, index) else memory)
+        gone = forget and let_go(self.config, request, index)
+        return Progress(state, () if gone else memory)
 
     def decode(
         self, latents: Float[Array, "batch t h w channels"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 import vmonarch_jax as vm
 from vmonarch_jax.memory import Step
@@ -24,55 +24,70 @@ from ..request import Request
 _ROWS = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Watched:
-    """A method that also reports its certificate: mean and largest KL of evenly spaced rows.
+class WatchedState(NamedTuple):
+    """What `Watched` remembers of one layer: the certificate of its last call.
+
+    It lies as every state does, so it comes out of loops over layers and of meshes as one.
 
     Attributes:
-      method: what runs.
-      record: called as `record(mean, largest)`, layer after layer; with NaN of `vm.Corrected`,
-        which has no certificate.
+      mean: KL to dense attention in nats, mean over the rows looked at; NaN before a call, and of
+        methods without certificate.
+      largest: likewise, the largest.
+      inner: the method's own state; `None` where it remembers nothing.
+    """
+
+    mean: Float[Array, "batch heads"]
+    largest: Float[Array, "batch heads"]
+    inner: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A method that also remembers its certificate: mean and largest KL of evenly spaced rows.
+
+    Attributes:
+      method: what runs; `vm.Corrected` has no certificate.
+
+    Example:
+      state = vm.init_state(Watched(method), grid, batch=1, heads=12, head_dim=128)
+      out, state = vm.attend(Watched(method), q, k, v, grid=grid, state=state, step=0)
+      worst = state.largest.max()
     """
 
     method: Any
-    record: Callable[[Any, Any], None]
 
-    @classmethod
-    def of(cls, method: Any, record: Callable[[Any, Any], None]) -> Watched:
-        """The method watched, which remembers what the method does."""
-        return (_WatchedRemembering if vm.remembers(method) else cls)(method, record)
+    def init_state(
+        self, grid: Any, *, batch: int, heads: int, head_dim: int, value_dim: int | None = None,
+        dtype: Any = jnp.float32,
+    ) -> WatchedState:  # fmt: skip
+        """No certificate yet, and the method's own state."""
+        nothing = jnp.full((batch, heads), jnp.nan, jnp.float32)
+        sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "value_dim": value_dim}
+        return WatchedState(
+            nothing, nothing, vm.init_state(self.method, grid, **sizes, dtype=dtype)
+        )
 
     def __call__(
-        self, query: Array, key: Array, value: Array, *, grid: vm.VideoGrid, state: Any = None,
-        step: Step | None = None,
+        self, query: Array, key: Array, value: Array, *, grid: vm.VideoGrid,
+        state: WatchedState | None = None, step: Step | None = None,
     ) -> Any:  # fmt: skip
-        """The method's attention."""
+        """The method's attention; with a state also the next, which has the certificate."""
+        if state is None:
+            return self.method(query, key, value, grid=grid)
         certified = not isinstance(self.method, vm.Corrected)
-        found, after = vm.attend(
-            self.method, query, key, value, grid=grid, state=state, step=step,
+        found, inner = vm.attend(
+            self.method, query, key, value, grid=grid, state=state.inner, step=step,
             **({"return_lse": True} if certified else {}),
         )  # fmt: skip
-        out = found.out if certified else found
-        mean = largest = jnp.nan
-        if certified:
-            gap = self._gap(query, key, found.lse, grid)
-            mean, largest = gap.mean(), gap.max()
-        # in order: the layers run one after the other, and say nothing else about which they are
-        jax.debug.callback(self.record, mean, largest, ordered=True)
-        return out if state is None else (out, after)
+        if not certified:
+            return found, state._replace(inner=inner)
+        gap = self._gap(query, key, found.lse, grid)
+        return found.out, WatchedState(gap.mean(1), gap.max(1), inner)
 
     @staticmethod
     def _gap(query: Array, key: Array, lse: Array, grid: vm.VideoGrid) -> Array:
         rows = np.unique(np.linspace(0, grid.tokens - 1, _ROWS).astype(np.int32))
         return vm.attention_gap(query, key, lse, grid=grid, rows=jnp.asarray(rows))
-
-
-class _WatchedRemembering(Watched):
-    """Of a method that remembers."""
-
-    def init_state(self, grid: Any, **sizes: Any) -> Any:
-        """The method's."""
-        return self.method.init_state(grid, **sizes)
 
 
 def certify(
@@ -86,46 +101,50 @@ def certify(
 ) -> list[dict[str, float | None]]:
     """Mean and largest KL to dense attention of each layer, in nats, on one denoising step.
 
-    `None` where a layer's method has no certificate.
+    Over all heads and the rows looked at, of all videos of the step. `None` where a layer's method
+    has no certificate.
 
     Args:
-      pipeline: the model.
+      pipeline: the model, on one device or a mesh.
       request: what is made.
       conditions: as `WanPipeline.conditions`.
       index: of the step.
-      progress: before it.
+      progress: before it; left as it is.
       attention: the methods.
       batched: as `WanPipeline.denoise`; in two calls the second's numbers count too.
     """
-    layers = pipeline.config.transformer.layers
-    runs = runs_of(attention, request.steps, layers)
+    sizes = pipeline.config.transformer
+    runs = runs_of(attention, request.steps, sizes.layers)
     methods = next(methods for first, end, methods in runs if first <= index < end)
-    seen: list[tuple[float, float]] = []
+    known = tuple(_watched(memory, methods, sizes.heads) for memory in progress.attention)
+    after = pipeline.step(
+        request, conditions, index, progress._replace(attention=known),
+        attention=tuple(map(Watched, methods)), batched=batched, forget=False,
+    )  # fmt: skip
+    states = {
+        method: [jax.device_get(memory.of(Watched(method))[:2]) for memory in after.attention]
+        for method in set(methods)
+    }
+    rows = []
+    for layer, method in enumerate(methods):
+        mean, largest = zip(*((a[layer], b[layer]) for a, b in states[method]), strict=True)
+        rows.append({"mean_kl": _number(np.mean(mean)), "max_kl": _number(np.max(largest))})
+    return rows
 
-    def record(mean: Any, largest: Any) -> None:
-        seen.append((float(mean), float(largest)))
 
-    # one watcher for all layers of a method, so that the program does not grow with the layers
-    known = (method for memory in progress.attention for method in memory.methods)
-    watchers = {method: Watched.of(method, record) for method in (*methods, *known)}
-    watched = tuple(watchers[method] for method in methods)
-    progress = progress._replace(
-        attention=tuple(
-            Memory(tuple(watchers[method] for method in memory.methods), memory.states)
-            for memory in progress.attention
-        )
-    )
-    after = pipeline.step(request, conditions, index, progress, attention=watched, batched=batched)
-    jax.block_until_ready(after)
-    jax.effects_barrier()
-    calls = np.array(seen).reshape(-1, layers, 2)
-    rows = zip(calls[..., 0].mean(0), calls[..., 1].max(0), strict=True)
-    return [
-        {"mean_kl": None, "max_kl": None}
-        if np.isnan(mean)
-        else {"mean_kl": float(mean), "max_kl": float(largest)}
-        for mean, largest in rows
-    ]
+def _watched(memory: Memory, methods: Sequence[Any], heads: int) -> Memory:
+    """What the methods of a step remember, each watched."""
+    kept = {m: s for m, s in zip(memory.methods, memory.states, strict=True) if m in methods}
+    states = []
+    for state in kept.values():
+        layers, batch = jax.tree.leaves(state)[0].shape[:2]
+        nothing = np.full((layers, batch, heads), np.nan, np.float32)
+        states.append(WatchedState(nothing, nothing, state))
+    return Memory(tuple(map(Watched, kept)), tuple(states))
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def certified_step(attention: Attention, steps: int, layers: int) -> int:

@@ -180,8 +180,7 @@ def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: 
     done = 0 if start is None else start[0]
     noise = pipeline.noise(request)
     layers = ready.config.transformer.layers
-    # a step on several devices has no order of layers in which it could tell their certificates
-    wanted = job.compare is not None and name == "main" and pipeline.placement is None
+    wanted = job.compare is not None and name == "main"
     at = certified_step(attention, request.steps, layers)
     certificate: list[dict[str, float | None]] = partial.certificate() if wanted else []
 
