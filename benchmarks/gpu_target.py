@@ -115,8 +115,13 @@ class Compiled:
 class Compiler:
     """Compiles functions for one GPU of a kind."""
 
-    def __init__(self, device: str = "h100") -> None:
-        """Sets the process up; the first `Compiler` of a process must come before JAX starts."""
+    def __init__(self, device: str = "h100", count: int = 1) -> None:
+        """Sets the process up; the first `Compiler` of a process must come before JAX starts.
+
+        Args:
+            device: a kind of `DEVICES`.
+            count: how many of them one host has, for programs of several; `devices` has them.
+        """
         self.device = DEVICES[device]
         self._dump = tempfile.TemporaryDirectory(prefix="ptx-")
         # Autotuning would run candidates on a device.
@@ -134,13 +139,18 @@ class Compiler:
 
         jax.config.update("jax_platforms", "cpu")
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=self.device.topology, topology="1x1x1",
+            platform="cuda", topology_name=self.device.topology, topology=f"1x1x{count}",
             target_config=self.device.config,
         )  # fmt: skip
-        self._sharding = SingleDeviceSharding(topology.devices[0])
+        self.devices = topology.devices
+        self._sharding = SingleDeviceSharding(self.devices[0])
 
-    def __call__(self, function: Any, *arguments: Any) -> Compiled:
-        """Compile `function` for arguments given as `ShapeDtypeStruct`s (or arrays, or trees)."""
+    def __call__(self, function: Any, *arguments: Any, donate: bool = False) -> Compiled:
+        """Compile `function` for arguments given as `ShapeDtypeStruct`s (or arrays, or trees).
+
+        They lie on the first device, but for those that say where they lie. With `donate` the
+        memory of the first may hold results.
+        """
         import jax
         from vmonarch_jax.pallas_kernels.gpu import mode
 
@@ -148,14 +158,16 @@ class Compiler:
         os.mkdir(self._dump.name)
 
         def placed(x: Any) -> Any:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding)
+            told = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=told or self._sharding)
 
         # A fresh function: JAX would otherwise hand back what it traced for another device.
         def fresh(*arguments: Any) -> Any:
             return function(*arguments)
 
         with mode.compiling_for(self.device.capability):
-            traced = jax.jit(fresh).trace(*jax.tree.map(placed, arguments))
+            jitted = jax.jit(fresh, donate_argnums=(0,) if donate else ())
+            traced = jitted.trace(*jax.tree.map(placed, arguments))
             compiled = traced.lower().compile()
         files = sorted(glob.glob(f"{self._dump.name}/**/*.ptx", recursive=True))
         # A module without kernels of its own leaves an empty file.

@@ -12,6 +12,7 @@ import pytest
 from compiling import jit
 from flax import nnx
 from vmonarch_jax.models.params import split_params
+from vmonarch_jax.models.wan import embeddings
 from vmonarch_jax.models.wan.embeddings import rope_tables, rotate, time_features
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.presets import MODELS
@@ -300,6 +301,15 @@ def test_rope_turns_pairs_by_place():
     got = rotate(jnp.asarray(x, jnp.float32), cos, sin)
     np.testing.assert_allclose(got[..., 0::2], turned.real, atol=2e-6)
     np.testing.assert_allclose(got[..., 1::2], turned.imag, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_partners_of_pairs_are_exact_either_way(dtype):
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((2, 3, 8)), dtype)
+    expected = np.stack([-x[..., 1::2], x[..., 0::2]], -1).reshape(x.shape).astype(np.float32)
+    for partner in (embeddings.partner_by_product, embeddings.partner_by_shift):
+        assert partner(x).dtype == jnp.float32
+        np.testing.assert_array_equal(partner(x), expected)
 
 
 def test_time_features_are_cosines_then_sines():
