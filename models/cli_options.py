@@ -176,7 +176,9 @@ _FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> Any:
     """Adds the flags that choose an attention method; returns their group."""
-    group = parser.add_argument_group("attention")
+    group = parser.add_argument_group(
+        "attention", "In brackets: the methods that take the option, with their defaults."
+    )
     group.add_argument("--attention", choices=METHODS, default=default, help=f"default {default}")
     group.add_argument(
         "--corrected-method", choices=METHODS,

@@ -77,6 +77,8 @@ def fit_image(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "h
     """
     width, height = size
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -73,8 +73,8 @@ def add_generate(commands) -> None:
     group = parser.add_argument_group("results")
     group.add_argument(
         "--compare", choices=options.METHODS, metavar="METHOD",
-        help="make the video under this method too, with its defaults; write both side by side, and "
-        "report PSNR, SSIM and the certificate of each layer",
+        help="make the video under this method too, with its defaults; write both side by side, "
+        "this one on the right, and report PSNR, SSIM and the certificate of each layer",
     )  # fmt: skip
     group.add_argument("--png", action="store_true", help="write the frames as PNG files too")
     group.add_argument(
@@ -127,6 +127,8 @@ def _run(args: argparse.Namespace) -> None:
         return
     metadata = generate(job)
     print(f"{job.out} in {metadata['seconds']} s under {job.attention}")
+    if job.compare is not None:
+        print(f"left: that; right: under {job.compare}")
 
 
 def _attention(args: argparse.Namespace) -> Attention:
