@@ -46,6 +46,7 @@ class Case:
         attention: "dense", "vmonarch", "tiled", or "salad" with a linear branch in every layer.
         batch: videos in one call; batched guidance has 2, guidance in two calls 1.
         mesh: sizes of axes above 1.
+        tuned: "lora" or "full": a step of `vmonarch finetune`, not a call.
     """
 
     part: str
@@ -55,13 +56,14 @@ class Case:
     attention: str = ""
     batch: int = 1
     mesh: tuple[tuple[str, int], ...] = ()
+    tuned: str = ""
 
     @property
     def name(self) -> str:
         """In the record."""
         mesh = " ".join(f"{axis}={n}" for axis, n in self.mesh)
         words = f"{self.part} {self.size} {self.chip} x{self.chips} {self.attention}"
-        return " ".join(f"{words} batch {self.batch} {mesh}".split())
+        return " ".join(f"{words} {self.tuned} batch {self.batch} {mesh}".split())
 
 
 def cases() -> list[Case]:
@@ -111,7 +113,36 @@ def cases() -> list[Case]:
         for attention in ("tiled", "salad")
         for n in (1, 2)
     ]
-    return [*steps, *more, *others]
+    return [*steps, *more, *others, *tuning_cases()]
+
+
+def tuning_cases() -> list[Case]:
+    """Steps of tuning at 480p; the batch is that of one part, whatever is accumulated."""
+    # Model, what is tuned, chip, chips, batch, mesh, methods.
+    both = ("vmonarch", "dense")
+    places = (
+        ("1.3B", "lora", "v5e", 1, 1, {}, (*both, "salad")),
+        ("1.3B", "lora", "v5e", 1, 2, {}, both[:1]),
+        ("1.3B", "lora", "v6e", 1, 1, {}, both),
+        ("1.3B", "lora", "7x", 1, 1, {"context": 2}, both),
+        ("1.3B", "lora", "v5e", 4, 1, {"context": 4}, both),
+        ("1.3B", "lora", "v5e", 8, 2, {"fsdp": 2, "context": 4}, both),
+        ("1.3B", "full", "v6e", 1, 1, {}, both),
+        ("1.3B", "full", "v5e", 4, 1, {"context": 4}, both),
+        ("1.3B", "full", "v6e", 4, 4, {"fsdp": 4}, both[:1]),
+        ("1.3B", "full", "v5e", 8, 2, {"fsdp": 2, "context": 4}, both[:1]),
+        ("14B", "lora", "v5e", 8, 1, {"context": 8}, both),
+        ("14B", "lora", "v6e", 4, 1, {"context": 4}, both),
+        ("14B", "lora", "v6e", 8, 2, {"fsdp": 2, "context": 4}, both),
+        ("14B", "lora", "v6e", 16, 4, {"fsdp": 4, "context": 4}, both[:1]),
+        ("14B", "lora", "7x", 1, 1, {"context": 2}, both[:1]),
+        ("14B", "full", "v6e", 16, 2, {"fsdp": 2, "context": 8}, both[:1]),
+    )
+    return [
+        Case(part, "480p", chip, chips, attention, batch, tuple(mesh.items()), tuned)
+        for part, tuned, chip, chips, batch, mesh, methods in places
+        for attention in methods
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,7 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = flags.parse_args(arguments)
     if args.worker:
         work(next(case for case in cases() if case.name == args.worker))
-        return
+        sys.stdout.flush()
+        os._exit(0)  # the compiler may still be at work
     chosen = [case for case in cases() if set(args.only.split()) <= set(case.name.split())]
     failed = []
     for case in [] if args.report else chosen:
@@ -171,7 +203,7 @@ def measure(case: Case) -> dict[str, Any]:
     from vmonarch_jax.models.wan.sharding import Sharding, make_mesh
     from vmonarch_jax.pallas_kernels.tpu.chips import tracing_for
 
-    from . import wan_steps
+    from . import buffers, wan_steps
 
     jax.config.update("jax_platforms", "cpu")
     by_chips = TOPOLOGIES[case.chip]
@@ -185,12 +217,16 @@ def measure(case: Case) -> dict[str, Any]:
         step = wan_steps.text(case.batch, sharding)
     elif case.part == "vae":
         step = wan_steps.decoding(video, sharding)
+    elif case.tuned:
+        step = wan_steps.tuning(case.part, video, case.batch, case.attention, sharding, case.tuned)
     else:
         step = wan_steps.denoising(case.part, video, case.batch, case.attention, sharding)
     with tracing_for(case.chip):
-        lowered = jax.jit(step.function).trace(step.params, *step.inputs).lower()
+        function = jax.jit(step.function, donate_argnums=0 if case.tuned else ())
+        lowered = function.trace(step.params, *step.inputs).lower()
     try:
-        compiled = lowered.compile()
+        # code for a training step takes the compiler minutes, and changes none of the sizes
+        placed = buffers.place(lowered, Path(dump.name)) if case.tuned else lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error).splitlines()[0]
         needs = re.search(r"required for .* \(([\d.]+)G\) exceeds available HBM", message)
@@ -200,26 +236,42 @@ def measure(case: Case) -> dict[str, Any]:
         return {
             "fits": False, "weights": step.weights, "needs": float(needs[1]), "error": message,
         }  # fmt: skip
-    memory = compiled.memory_analysis()
-    try:
-        hlo = compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError:  # this JAX is too old to read what this libtpu made
-        (path,) = Path(dump.name).glob("*.jit_function.*after_optimizations.txt")
-        hlo = path.read_text()
+    if case.tuned:
+        sizes, hlo = placed
+    else:
+        sizes, hlo = _compiled(placed, Path(dump.name))
     kinds = collections.Counter(
         f"{c.kind} {' '.join(c.axes)}" for c in collectives.collectives(hlo, sharding.mesh)
     )
-    odd = collectives.unannounced(hlo, sharding, unsplit=step.unsplit)
+    odd = collectives.unannounced(hlo, sharding, bool(case.tuned), step.unsplit)
     return {
         "fits": True,
         "weights": step.weights,
-        "inputs": memory.argument_size_in_bytes - step.weights,
-        "outputs": memory.output_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
+        "inputs": sizes["parameters"] - step.weights,
+        "outputs": sizes["outputs"],
+        "temporaries": sizes["temporaries"],
         "collectives": dict(kinds),
         "unannounced": [dataclasses.asdict(c) for c in odd],
         "kernels": hlo.count('custom_call_target="tpu_custom_call"'),
     }
+
+
+def _compiled(compiled: Any, dump: Path) -> tuple[dict[str, int], str]:
+    """Bytes of one device, and the program."""
+    import jax
+
+    memory = compiled.memory_analysis()
+    try:
+        hlo = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:  # this JAX is too old to read what this libtpu made
+        (path,) = dump.glob("*.jit_function.*after_optimizations.txt")
+        hlo = path.read_text()
+    sizes = {
+        "parameters": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+    return sizes, hlo
 
 
 def total(entry: dict[str, Any]) -> float:
@@ -245,17 +297,31 @@ def report() -> None:
             e["batch"], e["attention"],
         ),
     )  # fmt: skip
-    lines = []
+    lines: dict[bool, list[list[str]]] = {False: [], True: []}
     for e in found:
         mesh = ", ".join(f"{axis} {n}" for axis, n in e["mesh"]) or "one device"
-        cells = [e["part"], e["size"], e["chip"], e["chips"], mesh, e["attention"], e["batch"]]
+        tuned = e.get("tuned", "")
+        cells = [
+            f"{e['part']} {tuned}".strip(),
+            e["size"],
+            e["chip"],
+            e["chips"],
+            mesh,
+            e["attention"],
+            e["batch"],
+        ]
         parts = ("weights", "inputs", "outputs", "temporaries")
         cells += [f"{e[part] / 2**30:.2f}" if part in e else "" for part in parts]
         cells.append(f"{total(e) / 2**30:.2f}" + ("" if e["fits"] else " (does not fit)"))
-        lines.append([str(cell) for cell in cells])
+        lines[bool(tuned)].append([str(cell) for cell in cells])
     versions = known.get("versions", {})
     RECORD.with_suffix(".md").write_text(
-        _PAGE.format(jax=versions.get("jax"), libtpu=versions.get("libtpu"), table=_table(lines))
+        _PAGE.format(
+            jax=versions.get("jax"),
+            libtpu=versions.get("libtpu"),
+            table=_table(lines[False]),
+            tuning=_table(lines[True]),
+        )
     )
 
 
@@ -278,6 +344,17 @@ two prompts of 512 tokens), which is freed before the transformer comes; "vae" i
 Wan2.1 in float32, a latent frame at a time, for all 81 frames.
 
 {table}
+
+## Tuning
+
+A step of `vmonarch finetune` with its defaults: forward, backward (each layer is computed anew
+from what it was given), AdamW and the moving average. "lora": adapters of rank 32 on the
+self-attention, beside weights frozen in bfloat16; "full": all weights, in float32, without a moving
+average. Weights are those, with the optimizer's state, which the step overwrites; the batch is what
+goes through the model at a time, and a step may take several (`--accumulate`). The sizes are those
+of the compiler's buffer assignment; the code itself, which changes none of them, was not made.
+
+{tuning}
 """
 
 

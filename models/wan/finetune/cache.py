@@ -150,6 +150,21 @@ class ClipCache:
         """A hash of everything that is trained on."""
         return _key([[path.name for path in files.values()] for files in self._files])
 
+    def lacking(self) -> tuple[list[int], list[int], list[str]]:
+        """What is to be encoded: numbers of videos and of first frames, and captions.
+
+        Raises:
+          ValueError: videos are too short or damaged; all are named.
+        """
+        videos = [
+            n for n, files in enumerate(self._files) if self._lacks(files, "latents", "beside")
+        ]
+        images = [n for n, files in enumerate(self._files) if self._lacks(files, "image")]
+        texts = [text for text, path in self._texts.items() if not self._whole("text", path)]
+        wanted = [self.clips[n] for n in sorted({*videos, *images})]
+        check_clips(wanted, self.settings.frames, self.settings.fps)
+        return videos, images, texts
+
     def fill(
         self,
         load: Callable[[Found, str, Any], Any] = load_part,
@@ -165,13 +180,7 @@ class ClipCache:
           ValueError: videos are too short or damaged; all are named before any is encoded.
           Interrupted: Ctrl-C, or SIGTERM; what is encoded by then is kept.
         """
-        videos = [
-            n for n, files in enumerate(self._files) if self._lacks(files, "latents", "beside")
-        ]
-        images = [n for n, files in enumerate(self._files) if self._lacks(files, "image")]
-        texts = [text for text, path in self._texts.items() if not self._whole("text", path)]
-        wanted = [self.clips[n] for n in sorted({*videos, *images})]
-        check_clips(wanted, self.settings.frames, self.settings.fps)
+        videos, images, texts = self.lacking()
         self.folder.mkdir(parents=True, exist_ok=True)
         with stop_signals() as stop:
 

@@ -15,6 +15,7 @@ from ..weights.detect import Found, detect
 from .adapters import LoRA
 from .cache import ClipCache, ClipSettings
 from .data import find_clips
+from .plan import make_tuning_plan
 from .prepare import Tuning, check_tuning, train_config
 from .tune import LORA_FILE, tune
 
@@ -25,7 +26,8 @@ _NOT_HERE = ("label_dropout", "scan_layers", "remat", "workers")
 #: What `add_data_options` adds.
 DATA_FLAGS = ("data", "size", "fps", "cache", "expert", "first_frame_share", "mesh")
 _ONLY_HERE = (
-    *DATA_FLAGS, "full", "rank", "alpha", "projections", "recompute", "no_linear_branch",
+    *DATA_FLAGS, "full", "rank", "alpha", "projections", "recompute", "accumulate", "dry_run",
+    "no_linear_branch",
 )  # fmt: skip
 # Of these, what tuning the small model takes too.
 _ADAPTERS = ("full", "rank")
@@ -59,6 +61,15 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute", choices=("none", "dots", "full"),
         help="in the backward pass: nothing, all but matmuls, or all; default full",
+    )  # fmt: skip
+    group.add_argument(
+        "--accumulate", type=int, metavar="N",
+        help="take a step's videos (--batch-size) in N parts, one after another: the memory of "
+        "one part, the result of all; default 1",
+    )  # fmt: skip
+    group.add_argument(
+        "--dry-run", action="store_true", default=None,
+        help="say what would be loaded, the memory and the FLOPs of a step",
     )  # fmt: skip
     group.add_argument(
         "--no-linear-branch", action="store_true", default=None,
@@ -117,7 +128,13 @@ def run_wan(args: argparse.Namespace) -> None:
     config = _train_config(args, model.shift)
     check_tuning(found, tuning)
     cache = clip_cache(args, found, tuning.dtype, args.out / "cache")
-    made = tune(args.out, cache, config, tuning, sharding=mesh_of(args), progress=not args.quiet)
+    sharding, parts = mesh_of(args), 1 if args.accumulate is None else args.accumulate
+    if args.dry_run:
+        print(make_tuning_plan(cache, config, tuning, sharding, parts))
+        return
+    made = tune(
+        args.out, cache, config, tuning, sharding=sharding, parts=parts, progress=not args.quiet
+    )
     flag = "--lora-low" if args.expert == "low" else "--lora"
     used = f"{args.weights} {flag} {made}" if made.name == LORA_FILE else str(made)
     print(f"done: {made}, curve in {args.out / 'loss.png'}; vmonarch generate --weights {used}")

@@ -15,7 +15,6 @@ from ...loop import claim, run_steps
 from ...params import Params
 from ...pipeline import batches
 from ...step import TrainConfig, TrainState, init_state, make_update
-from ..config import WanConfig
 from ..linear_branch import BRANCH
 from ..sharding import Sharding
 from ..weights.detect import NOTE, STEMS, Found
@@ -73,19 +72,8 @@ def tune(
 
     Reference: VMonarch (arXiv 2601.22275): 800 to 1500 steps of tuning.
     """
+    check_run(cache, config, tuning, sharding, parts)
     found, folder = cache.found, pathlib.Path(folder)
-    check_tuning(found, tuning)
-    if parts < 1 or config.batch_size % parts:
-        raise ValueError(
-            f"expected parts that divide batch_size = {config.batch_size}, got {parts}"
-        )
-    if sharding is not None:
-        tuned = tuning.config_of(found.config)
-        _check_mesh(tuned, tuning.part, config.batch_size // parts, sharding)
-    if len(cache.clips) < config.batch_size:
-        raise ValueError(
-            f"expected at least batch_size = {config.batch_size} videos, got {len(cache.clips)}"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     claim(
         folder,
@@ -141,12 +129,31 @@ def tune(
     return folder / MODEL_FOLDER
 
 
-def _check_mesh(model: WanConfig, part: str, batch: int, sharding: Sharding) -> None:
-    sharding.param_shardings(part_entries(model, part))
-    heads = model.transformer.heads
+def check_run(
+    cache: ClipCache,
+    config: TrainConfig,
+    tuning: Tuning,
+    sharding: Sharding | None = None,
+    parts: int = 1,
+) -> None:
+    """Raises `ValueError` if `tune` can't do with these arguments; reads no weights."""
+    found = cache.found
+    check_tuning(found, tuning)
+    if len(cache.clips) < config.batch_size:
+        raise ValueError(
+            f"expected at least batch_size = {config.batch_size} videos, got {len(cache.clips)}"
+        )
+    if parts < 1 or config.batch_size % parts:
+        raise ValueError(
+            f"expected parts that divide batch_size = {config.batch_size}, got {parts}"
+        )
+    if sharding is None:
+        return
+    model = tuning.config_of(found.config)
+    sharding.param_shardings(part_entries(model, tuning.part))
     for what, size, ways in (
-        ("heads", heads, sharding.ways("heads") * sharding.ways("seq")),
-        ("videos at a time", batch, sharding.ways("batch")),
+        ("heads", model.transformer.heads, sharding.ways("heads") * sharding.ways("seq")),
+        ("videos at a time", config.batch_size // parts, sharding.ways("batch")),
     ):
         if size % ways:
             raise ValueError(f"expected a mesh whose {ways} shares divide the {size} {what}")
