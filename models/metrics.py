@@ -7,11 +7,8 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg", force=False)
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 
 class MetricsCSV:
@@ -57,11 +54,14 @@ def read_csv(path: pathlib.Path) -> list[dict[str, str]]:
 def plot_losses(curves: Mapping[str, pathlib.Path], out: pathlib.Path) -> None:
     """Draws the loss of each metrics file, raw and smoothed, into one PNG.
 
+    Without `pyplot`, whose backend belongs to the caller: a notebook would show no more figures.
+
     Args:
       curves: name of each curve and its CSV.
       out: the picture.
     """
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
     for n, (name, path) in enumerate(curves.items()):
         rows = read_csv(path)
         if not rows:
@@ -77,4 +77,3 @@ def plot_losses(curves: Mapping[str, pathlib.Path], out: pathlib.Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=150)
-    plt.close(figure)
