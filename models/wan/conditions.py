@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +69,22 @@ def image_states(
     squares = np.stack([preprocess_image(pixels, encoder.config.size) for pixels in images])
     states = _apply(*nnx.split(encoder), squares)
     return states.reshape(1, -1, states.shape[-1])
+
+
+def size_like(config: WanConfig, image: Image.Image) -> tuple[int, int]:
+    """Width and height of a video of an image's shape and of the model's usual area.
+
+    The sides are rounded down to what the model can make, as in the original repository and in
+    Diffusers' examples.
+    """
+    shape = ImageOps.exif_transpose(image).size
+    area = config.size[0] * config.size[1]
+    sides = [p * s for p, s in zip(config.transformer.patch, config.vae.strides, strict=True)]
+    width, height = (
+        max(1, int(math.sqrt(area * one / other) / side)) * side
+        for one, other, side in zip(shape, shape[::-1], sides[:0:-1], strict=True)
+    )
+    return width, height
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:

@@ -149,6 +149,30 @@ def test_from_an_image(image_folder, tmp_path):
     assert read_metadata(out)["image"]
 
 
+def test_between_two_images(tmp_path, capsys):
+    folder = random_folder(tmp_path / "wan", small_config("flf2v"))
+    for name, size in (("first", (100, 70)), ("last", (64, 90))):
+        Image.new("RGB", size, (200, 80, 40)).save(tmp_path / f"{name}.png")
+    negative = tmp_path / "negative.txt"
+    arguments = ["--weights", folder, "--prompt", "a cat", "--frames", 5, "--dry-run"]
+    arguments += ["--image", tmp_path / "first.png", "--negative-prompt-file", negative]
+
+    def status(*more):
+        return cli.main(["generate", *map(str, (*arguments, *more))])
+
+    last = "--last-image", tmp_path / "last.png"
+    for text, more, message in (
+        ("fox " * 600, last, "at most 512 tokens"),
+        ("", last, "expected a negative prompt, got an empty file"),
+        ("blurry, static\n", (), "expected a last image, got none"),
+    ):
+        negative.write_text(text)
+        assert status(*more) == 2
+        assert message in capsys.readouterr().err
+    assert status(*last, "--sampler", "dpm++", "--sampler-spacing", "original") == 0
+    assert "tokens: 7,100 (2x50x71)" in capsys.readouterr().out  # 1136x800: the shape of the image
+
+
 def test_dry_run_reads_no_weights(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(WanPipeline, "part", lambda *_: pytest.fail("a part was loaded"))
     out = tmp_path / "video.mp4"
@@ -174,6 +198,9 @@ def test_dry_run_reads_no_weights(folder, tmp_path, monkeypatch, capsys):
         (("--negative-prompt", "fox " * 600), "at most 512 tokens"),
         (("--out", "video.gif"), "ends in .mp4"),
         (("--image", "first.png"), "expected no image"),
+        (("--last-image", "last.png"), "expected none, got one"),
+        (("--negative-prompt-file", "none.txt"), "none.txt: expected a file of text"),
+        (("--sampler", "euler", "--sampler-spacing", "original"), "'diffusers' of sampler 'euler'"),
         (("--weights", "nowhere"), "expected a folder of Wan weights"),
         (("--dense-layers", "7"), "a layer in"),
         (("--block", "9x9x9"), "`block` must fit the grid"),

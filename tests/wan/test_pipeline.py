@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from vmonarch_jax.models import AttentionSchedule
-from vmonarch_jax.models.wan.conditions import fit_image
+from vmonarch_jax.models.wan.conditions import fit_image, size_like
 from vmonarch_jax.models.wan.pipeline import WanPipeline, with_dtype
 from vmonarch_jax.models.wan.presets import MODELS
 from vmonarch_jax.models.wan.request import Request
@@ -145,6 +145,24 @@ def test_image_errors(folder):
     one = dataclasses.replace(request, frames=1)
     with pytest.raises(ValueError, match="expected frames >= 2 between two images, got 1"):
         WanPipeline(small_config("i2v-two"), {}).conditions(one, pixels, pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "size"),
+    [
+        ("wan2.1-i2v-14B-480P", (1920, 1080), (832, 464)),
+        ("wan2.1-i2v-14B-720P", (720, 1280), (720, 1280)),
+        ("wan2.1-flf2v-14B-720P", (100, 100), (960, 960)),
+        ("wan2.2-ti2v-5B", (1000, 500), (1312, 640)),
+        ("wan2.2-i2v-A14B", (2_000, 1), (42_928, 16)),
+    ],
+)
+def test_sizes_of_an_images_shape(name, image, size):
+    from PIL import Image
+
+    got = size_like(MODELS[name], Image.new("L", image))
+    assert got == size
+    Request.of(MODELS[name], prompt="a", size=got)  # the model can make it
 
 
 def test_an_image_that_fits_is_untouched():

@@ -34,8 +34,12 @@ def add_generate(commands) -> None:
         help="as downloaded, in the original layout or that of Diffusers",
     )  # fmt: skip
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to show")
-    parser.add_argument(
+    negative = parser.add_mutually_exclusive_group()
+    negative.add_argument(
         "--negative-prompt", metavar="TEXT", help="what to keep away from; default none"
+    )
+    negative.add_argument(
+        "--negative-prompt-file", type=folder, metavar="FILE", help="a file that says so, in UTF-8"
     )
     parser.add_argument("--image", type=folder, metavar="FILE", help="the first frame")
     parser.add_argument("--last-image", type=folder, metavar="FILE", help="the last frame")
@@ -44,7 +48,10 @@ def add_generate(commands) -> None:
         help="an .mp4, with its settings beside it as .json; default video.mp4",
     )  # fmt: skip
     group = parser.add_argument_group("video", "Defaults: as the model's authors sample it.")
-    group.add_argument("--size", type=options.size2, metavar="WIDTHxHEIGHT", help="in pixels")
+    group.add_argument(
+        "--size", type=options.size2, metavar="WIDTHxHEIGHT",
+        help="in pixels; with --image the default area has the image's shape",
+    )  # fmt: skip
     group.add_argument("--frames", type=int, metavar="N", help="4 n + 1, such as 81")
     group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     group.add_argument("--guidance", type=float, metavar="W", help="1 is none, at half the cost")
@@ -101,6 +108,8 @@ def add_generate(commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in _REQUEST}
+    if args.negative_prompt_file is not None:
+        given["negative_prompt"] = _text_of(args.negative_prompt_file)
     if not math.isfinite(args.lora_strength):
         raise ValueError(f"expected a --lora-strength that is finite, got {args.lora_strength}")
     job = Job(
@@ -144,6 +153,16 @@ def _attention(args: argparse.Namespace) -> Attention:
         method, warmup_steps=args.dense_steps, warmup=dense,
         layers=tuple((layer, dense) for layer in args.dense_layers),
     )  # fmt: skip
+
+
+def _text_of(path: pathlib.Path) -> str:
+    try:
+        text = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a file of text in UTF-8, got none") from error
+    if not text:
+        raise ValueError(f"{path}: expected a negative prompt, got an empty file")
+    return text
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from ...attention_schedule import Attention, AttentionSchedule, runs_of
 from ...demo.files import write_json
 from ...demo.measure import likeness
 from ...demo.progress import phase
-from ..conditions import check_image, check_texts, fit_image
+from ..conditions import check_image, check_texts, fit_image, size_like
 from ..config import WanConfig
 from ..memory import after
 from ..pipeline import LoRAFile, Progress, WanPipeline, with_dtype
@@ -43,7 +43,8 @@ class Job:
 
     Attributes:
       weights: folder of the model.
-      request: prompt and so on; what is not given is the model's own (`Request.of`).
+      request: prompt and so on; what is not given is the model's own (`Request.of`), but a size of
+        the image's shape where there is an image (`size_like`).
       out: the MP4 file.
       attention: of the denoising steps.
       image: the first frame, or `None`.
@@ -223,17 +224,18 @@ def _check(job: Job) -> _Ready:
     found = detect(job.weights)
     config = with_dtype(found.config, job.dtype)
     found = dataclasses.replace(found, config=config)
-    request = Request.of(config, **job.request)
+    check_image(config, job.image, job.last_image)
+    images = [None if path is None else _read_image(path) for path in (job.image, job.last_image)]
+    given = dict(job.request)
+    if images[0] is not None and "size" not in given:
+        given["size"] = size_like(config, images[0])
+    request = Request.of(config, **given)
     if len(request.prompt) != 1:
         raise ValueError(f"expected one prompt, got {len(request.prompt)}")
     if not request.prompt[0].strip():
         raise ValueError("expected a prompt, got an empty one")
     _check_attention(job, request, config)
-    check_image(config, job.image, job.last_image)
-    images = [
-        None if path is None else fit_image(_read_image(path), request.size)
-        for path in (job.image, job.last_image)
-    ]
+    pixels = (None if image is None else fit_image(image, request.size) for image in images)
     _check_out(job.out)
     placement = None if job.mesh is None else _placement(job.mesh)
     if placement is not None:
@@ -241,7 +243,7 @@ def _check(job: Job) -> _Ready:
     pipeline = WanPipeline.open(found, job.dtype, placement, job.lora)
     texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
     check_texts(pipeline.tokenizer, texts)
-    return _Ready(job, found, request, *images, pipeline)
+    return _Ready(job, found, request, *pixels, pipeline)
 
 
 def _check_attention(job: Job, request: Request, config: WanConfig) -> None:
