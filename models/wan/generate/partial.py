@@ -41,7 +41,8 @@ class Partial:
         self.folder = folder
         self._kept, self._seconds = -math.inf, 0.0  # when a step was kept, and how long it took
         self.identity = json.loads(json.dumps(identity))
-        if not list(folder.glob("*.npz")):
+        # a name that begins with a dot is that of a file that is not whole
+        if not [path for path in folder.glob("*.npz") if path.name[0] != "."]:
             return  # nothing was finished that could be lost
         if not resume:
             raise ValueError(
@@ -55,11 +56,10 @@ class Partial:
             if self.identity.get(name) != stored.get(name)
         )
         if other:
-            name = other[0]
-            raise ValueError(
-                f"{folder} is left of another run: expected {name} of {stored.get(name)!r}, "
-                f"got {self.identity.get(name)!r}"
+            settings = "; ".join(
+                f"{name} of {stored.get(name)!r}, got {self.identity.get(name)!r}" for name in other
             )
+            raise ValueError(f"{folder} is left of another run: expected {settings}")
 
     def begin(self) -> None:
         """Makes the folder; called when the slow work begins."""
@@ -101,14 +101,15 @@ class Partial:
         state = type(sampler.init(jnp.zeros(1)))(**_on_device(arrays))
         return step, Progress(state, jax.tree.unflatten(tree, kept))
 
-    def keep_progress(self, name: str, step: int, progress: Progress) -> None:
+    def keep_progress(self, name: str, step: int, progress: Progress, last: bool = False) -> None:
         """Keeps the progress after a step; the last one is there until this one is whole.
 
         What attention remembers may be many gigabytes. Where writing takes seconds, steps are left
-        out, so that a run spends a twentieth of its time on it at most.
+        out, so that a run spends a twentieth of its time on it at most; the `last` one never is.
         """
         began = time.monotonic()
-        if self._seconds > _SECONDS and began - self._kept < _RARELY * self._seconds:
+        rarely = self._seconds > _SECONDS and began - self._kept < _RARELY * self._seconds
+        if rarely and not last:
             return
         arrays = {n: np.asarray(array) for n, array in progress.sampler._asdict().items()}
         for n, leaf in enumerate(jax.tree.leaves(progress.attention)):
@@ -127,8 +128,14 @@ class Partial:
         write_json(self.folder / "certificate.json", certificate)
 
     def remove(self) -> None:
-        """Removes the folder, when the video is there."""
-        shutil.rmtree(self.folder)
+        """Removes the folder, when the video is there.
+
+        At once for whoever looks: half of it would seem to be left of an interrupted run.
+        """
+        gone = self.folder.with_name(f".{self.folder.name}.gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        self.folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -133,6 +133,11 @@ _FIELDS = {
 
 def denoising_flops(config: WanConfig, request: Request, attention: Attention) -> int:
     """Matmul FLOPs of all denoising steps, guidance and batch included."""
+    return sum(flops_of_each_step(config, request, attention))
+
+
+def flops_of_each_step(config: WanConfig, request: Request, attention: Attention) -> list[int]:
+    """Matmul FLOPs of each denoising step, guidance and batch included."""
     sizes, grid = config.transformer, request.grid(config)
     shape = vm.flops.TransformerShape(
         sizes.dim, sizes.heads, sizes.layers, sizes.ffn_dim, sizes.text_length
@@ -146,8 +151,8 @@ def denoising_flops(config: WanConfig, request: Request, attention: Attention) -
     anew = [n + 1 for n in range(request.steps) if let_go(config, request, n)]
     own = flops_of_steps(attention, request.steps, sizes.layers, grid, **of_heads, anew=anew)
     calls = [2 if guidance > 1 else 1 for _, guidance in experts]
-    total = sum(n * (rest + count) for n, count in zip(calls, own, strict=True))
-    return total * len(request.prompt)
+    videos = len(request.prompt)
+    return [videos * n * (rest + count) for n, count in zip(calls, own, strict=True)]
 
 
 def _named(attention: Attention, steps: int, config: WanConfig) -> list[tuple[int, int, str]]:

@@ -35,6 +35,7 @@ from .compare import certified_step, certify, describe
 from .output import save_frames, save_mp4
 from .partial import Partial
 from .plan import Plan, make_plan
+from .progress import Denoising
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +133,20 @@ def generate(job: Job) -> dict[str, Any]:
     ready = _check(job)
     partial = Partial(_partial_folder(job.out), ready.identity(), job.resume)
     partial.begin()
+    try:
+        return _generate(ready, partial)
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; {partial.folder} keeps what is finished, and --resume goes on from there",
+            file=sys.stderr,
+        )
+        raise
+
+
+def _generate(ready: _Ready, partial: Partial) -> dict[str, Any]:
+    """The slow part, phase by phase; what is finished is not done again."""
     began = time.perf_counter()
-    pipeline, request = ready.pipeline, ready.request
+    job, pipeline, request = ready.job, ready.pipeline, ready.request
     conditions = partial.conditions()
     if conditions is None:
         with phase("reading text and image", 1) as bar:
@@ -193,29 +206,22 @@ def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: 
             partial.keep_certificate(certificate)
 
     title = "denoising" if name == "main" else f"denoising under {attention}"
-    with phase(title, request.steps) as bar:
-        bar.update(done)
+    with Denoising(title, ready.config, request, attention, done) as bar:
 
         def on_step(step: int, progress: Progress) -> None:
             jax.block_until_ready(progress)
-            partial.keep_progress(name, step, progress)
             bar.update()
+            partial.keep_progress(name, step, progress, last=step == request.steps)
             if step < request.steps:
                 look(step, progress)
+            bar.start()
 
-        try:
-            look(done, pipeline.begin(request, noise) if start is None else start[1])
-            latents = pipeline.denoise(
-                request, conditions, noise, attention=attention, batched=job.batched,
-                start=start, on_step=on_step,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            print(
-                f"\nstopped; {partial.folder} keeps the finished steps, and --resume goes on from "
-                "there",
-                file=sys.stderr,
-            )
-            raise
+        look(done, pipeline.begin(request, noise) if start is None else start[1])
+        bar.start()
+        latents = pipeline.denoise(
+            request, conditions, noise, attention=attention, batched=job.batched, start=start,
+            on_step=on_step,
+        )  # fmt: skip
     return latents, certificate
 
 
