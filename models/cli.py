@@ -9,6 +9,17 @@ from collections.abc import Sequence
 import vmonarch_jax as vm
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; `run` of what it parses does the work."""
+    from . import commands
+
+    parser = argparse.ArgumentParser(prog="vmonarch", description=vm.__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in commands.COMMANDS:
+        add(subparsers)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status.
 
@@ -17,18 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         # here and not above: a bare installation must get a sentence and no traceback
-        from . import cli_options, commands
+        from . import cli_options
         from .loop import Interrupted
+
+        parser = make_parser()
     except ModuleNotFoundError as error:
         print(
             f"vmonarch: error: {error}; the command needs pip install 'vmonarch-jax[video]'",
             file=sys.stderr,
         )
         return 2
-    parser = argparse.ArgumentParser(prog="vmonarch", description=vm.__doc__)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in commands.COMMANDS:
-        add(subparsers)
     args = parser.parse_args(argv)
     try:
         with cli_options.implementation_of(args):
