@@ -43,13 +43,6 @@ CLASSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_accelerate(monkeypatch):
-    # With this list Diffusers reads files by way of the accelerate library alone; in float32 it
-    # says nothing.
-    monkeypatch.setattr(diffusers.WanTransformer3DModel, "_keep_in_fp32_modules", None)
-
-
 def theirs(config, part, seed=0):
     """A part with random weights as its own library makes it from our sizes."""
     torch.manual_seed(seed)
