@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
+from .config import VAEConfig
 from .sharding import Sharding
 
 KINDS = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
@@ -101,11 +103,54 @@ def announced(
     )
 
 
+def announced_pictures(
+    sharding: Sharding, config: VAEConfig, latents: tuple[int, int, int]
+) -> tuple[Announced, ...]:
+    """The collectives that the rules imply in the autoencoder, in either direction.
+
+    Args:
+      sharding: the mesh and its rules.
+      config: of the autoencoder.
+      latents: frames, rows and columns of a video's latents.
+    """
+    frames, *sides = latents
+    names = ("rows", "columns")
+    ways = [sharding.ways(name) for name in names]
+    shares = [-(-size // n) for size, n in zip(sides, ways, strict=True)]
+    filled = [share * n for share, n in zip(shares, ways, strict=True)]
+    time, scale, _ = config.strides
+    widest = max(max(config.dim, config.decoder_dim) * max(config.multipliers), 3 * config.patch**2)
+    # as many frames as there are for a latent one with those before, and a corner at either end
+    edge = (time + 2) * (max(shares) * scale // config.patch + 2) * widest
+    whole = max(
+        math.prod(filled) * 2 * widest, frames * math.prod(filled) * 2 * config.latent_channels
+    )
+    if filled != sides:
+        video = 3 * (time * (frames - 1) + 1) * math.prod(filled) * scale**2
+        edge, whole = max(edge, video), max(whole, video)
+    axes = tuple(axis for name in names for axis in sharding.axes(name))
+    return (
+        Announced(("collective-permute",), axes, "edges; odd pictures, shared out anew", edge),
+        Announced(
+            ("all-gather",), axes, "pixels of a frame for attention; latents; odd pictures", whole
+        ),
+    )
+
+
 def unannounced(
-    hlo: str, sharding: Sharding, training: bool = False, unsplit: int = 0, states: int = 0
+    hlo: str,
+    sharding: Sharding,
+    training: bool = False,
+    unsplit: int = 0,
+    states: int = 0,
+    allowed: Sequence[Announced] | None = None,
 ) -> list[Collective]:
-    """The collectives of a compiled program (`compiled.as_text()`) that no rule announces."""
-    allowed = announced(sharding, training, unsplit, states)
+    """The collectives of a compiled program (`compiled.as_text()`) that no rule announces.
+
+    What `announced` says of the other arguments, unless `allowed` is given.
+    """
+    if allowed is None:
+        allowed = announced(sharding, training, unsplit, states)
 
     def fits(found: Collective, rule: Announced) -> bool:
         within = rule.most is None or found.elements <= rule.most

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from ..params import Params, split_params
 from .clip import preprocess_image
 from .config import VAEConfig, WanConfig
+from .sharding import Sharding
 from .umt5 import embed_text
 from .vae import WanVAE
 
@@ -107,9 +108,11 @@ def fit_image(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "h
     return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
-def first_frame(vae: Any, pixels: UInt8[np.ndarray, "height width 3"]) -> Array:
-    """The latent frame of an image: `[1, 1, h, w, channels]`."""
-    return _encode(vae.config, split_params(vae)[1], _normalised(pixels)[None, None])
+def first_frame(
+    vae: Any, pixels: UInt8[np.ndarray, "height width 3"], sharding: Sharding | None = None
+) -> Array:
+    """The latent frame of an image: `[1, 1, h, w, channels]`; `sharding` as `beside_channels`."""
+    return _encode(vae.config, 1, sharding, split_params(vae)[1], _normalised(pixels)[None])
 
 
 def beside_channels(
@@ -117,17 +120,23 @@ def beside_channels(
     pixels: UInt8[np.ndarray, "height width 3"],
     frames: int,
     last: UInt8[np.ndarray, "height width 3"] | None = None,
+    sharding: Sharding | None = None,
 ) -> Float[Array, "1 t h w extra"]:
     """Mask and latents of a video of which the first frame is given, and maybe the last one.
 
     The mask has a channel for each frame of pixels in a latent frame: ones in the first latent
     frame, zeros after, but for a last frame that is given. The other frames are grey, which is
     zero.
+
+    Args:
+      vae: the autoencoder.
+      pixels: the first frame.
+      frames: of the video.
+      last: its last frame, or `None`: not given.
+      sharding: the mesh that splits the autoencoder's pictures; `None`: one device.
     """
-    video = jnp.zeros((1, frames, *pixels.shape)).at[0, 0].set(_normalised(pixels))
-    if last is not None:
-        video = video.at[0, -1].set(_normalised(last))
-    latents = _encode(vae.config, split_params(vae)[1], video)
+    ends = np.stack([_normalised(one) for one in (pixels, last) if one is not None])
+    latents = _encode(vae.config, frames, sharding, split_params(vae)[1], ends)
     mask = jnp.zeros((*latents.shape[:-1], vae.config.strides[0])).at[:, 0].set(1)
     if last is not None:
         mask = mask.at[:, -1, ..., -1].set(1)
@@ -158,9 +167,14 @@ def _normalised(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / 127.5 - 1
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(config: VAEConfig, params: Params, video: Array) -> Array:
-    return rebuild_vae(config, params).encode(video)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode(
+    config: VAEConfig, frames: int, sharding: Sharding | None, params: Params, ends: Array
+) -> Array:
+    """Of a video with a first frame, and a last one if there are two, in grey otherwise."""
+    grey = jnp.zeros((frames - len(ends), *ends.shape[1:]))
+    video = jnp.concatenate([ends[:1], grey, ends[1:]])
+    return rebuild_vae(config, params).encode(video[None], sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnums=0)

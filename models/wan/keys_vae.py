@@ -13,7 +13,8 @@ from .weights.entry import Entry
 def vae_entries(config: VAEConfig) -> tuple[Entry, ...]:
     """Every parameter of `WanVAE(config)`, once, with its keys in both conventions.
 
-    All are `None` in `logical`: the autoencoder is small, and each device holds it whole.
+    All are `None` in `logical`: the autoencoder is small, and each device holds it whole;
+    a mesh splits its pictures (`vae/picture.py`).
     """
     channels = config.latent_channels
     return (

@@ -235,9 +235,10 @@ class WanPipeline:
         if image is not None and self.config.image is not None:
             states = self._repeat(image_states(self.part("image_encoder"), *images), batch)
         if image is not None and self.config.first_frame:
-            first = self._repeat(first_frame(self.part("vae"), image), batch)
+            first = self._repeat(first_frame(self.part("vae"), image, self.placement), batch)
         elif image is not None:
-            beside = beside_channels(self.part("vae"), image, request.frames, last_image)
+            given = image, request.frames, last_image
+            beside = beside_channels(self.part("vae"), *given, sharding=self.placement)
             beside = self._repeat(beside, batch)
         self.free()
         return Conditions(text, negative, states, beside, first)
@@ -335,10 +336,14 @@ class WanPipeline:
     def decode(
         self, latents: Float[Array, "batch t h w channels"]
     ) -> Float[Array, "batch frames height width 3"]:
-        """The video of some latents, in [-1, 1]; one video of the batch at a time."""
+        """The video of some latents, in [-1, 1]; one video of the batch at a time.
+
+        On a mesh all devices share in each video, and each holds its part of the pictures.
+        """
         vae = self.part("vae")
         params = split_params(vae)[1]
-        return jnp.concatenate([_decode(vae.config, params, one[None]) for one in latents])
+        videos = [_decode(vae.config, self.placement, params, one[None]) for one in latents]
+        return videos[0] if len(videos) == 1 else jnp.concatenate(videos)
 
     def _text(self, request: Request) -> tuple[Array, Array | None]:
         texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
@@ -398,6 +403,6 @@ _step = jax.jit(_denoise, static_argnums=(0, 1, 2, 3, 4))
 _step_in_place = jax.jit(_denoise, static_argnums=(0, 1, 2, 3, 4), donate_argnames=("memory",))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(config, params, latents):
-    return rebuild_vae(config, params).decode(latents)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(config, sharding, params, latents):
+    return rebuild_vae(config, params).decode(latents, sharding=sharding)

@@ -57,7 +57,8 @@ class Rule:
 
 #: The table. Parameters are split along `context` too: the devices there hold tokens of the same
 #: videos, and would else all hold the same weights. Inside self-attention the mesh axes of "seq" go
-#: to "heads", after those that heads have already.
+#: to "heads", after those that heads have already. "rows" and "columns" are those of the
+#: autoencoder's pictures, one video at a time, so that all devices share in it.
 RULES = (
     Rule("layers"),
     Rule("batch", activations=("data", "fsdp")),
@@ -67,6 +68,8 @@ RULES = (
     Rule("heads", params=("tensor",), activations=("tensor",)),
     Rule("head_dim"),
     Rule("mlp", params=("tensor",), activations=("tensor",)),
+    Rule("rows", activations=("data", "fsdp", "tensor")),
+    Rule("columns", activations=("context",)),
 )
 
 

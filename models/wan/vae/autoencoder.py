@@ -10,9 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..config import VAEConfig
+from ..sharding import Sharding
 from .decoder import Decoder
 from .encoder import Encoder
 from .layers import Types
+from .picture import Picture, on_mesh
 from .stream import Cache, stream
 
 # Bounds of the log variance, so that its exponential is finite.
@@ -63,6 +65,7 @@ class WanVAE(nnx.Module):
         *,
         sample: Array | None = None,
         chunk: int = 1,
+        sharding: Sharding | None = None,
     ) -> Float[Array, "batch t h w channels"]:
         """The latents of a video, with zero mean and unit deviation over the training videos.
 
@@ -72,9 +75,10 @@ class WanVAE(nnx.Module):
           video: in [-1, 1]; `4 n + 1` frames, or 1; sides that the configuration's strides divide.
           sample: a random key to draw from the posterior, or `None`: its mean.
           chunk: latent frames at a time.
+          sharding: splits rows and columns over a mesh; `None`: one device.
 
         Returns:
-          Latents in float32, of `config.latent_size(frames, height, width)`.
+          Latents in float32, of `config.latent_size(frames, height, width)`; whole on each device.
 
         Raises:
           ValueError: the video has a shape that has no latents, or `chunk` is below 1.
@@ -84,13 +88,19 @@ class WanVAE(nnx.Module):
             raise ValueError(
                 f"expected a video [batch, frames, height, width, 3], got {video.shape}"
             )
-        config.latent_size(*video.shape[1:4])
+        _, *size = config.latent_size(*video.shape[1:4])
         _check_chunk(chunk)
 
-        def part(frames: Array, cache: Cache) -> Array:
-            return self.quant(self.encoder(frames, cache)).astype(jnp.float32)
+        def run(vae: WanVAE, video: Array, picture: Picture) -> Array:
+            def part(frames: Array, cache: Cache) -> Array:
+                return vae.quant(vae.encoder(frames, cache)).astype(jnp.float32)
 
-        moments = stream(part, video, chunk=chunk, stride_in=config.strides[0])
+            stride = config.strides[0]
+            return stream(part, video, chunk=chunk, stride_in=stride, picture=picture)
+
+        moments = on_mesh(sharding, self, run, video, tuple(size), config.strides[1], 1)
+        if sharding is not None:
+            moments = jax.lax.with_sharding_constraint(moments, sharding.placed())
         latents, log_variance = jnp.split(moments, 2, axis=-1)
         if sample is not None:
             deviation = jnp.exp(0.5 * jnp.clip(log_variance, *_LOG_VARIANCE))
@@ -98,13 +108,18 @@ class WanVAE(nnx.Module):
         return (latents - jnp.array(config.mean)) / jnp.array(config.std)
 
     def decode(
-        self, latents: Float[Array, "batch t h w channels"], *, chunk: int = 1
+        self,
+        latents: Float[Array, "batch t h w channels"],
+        *,
+        chunk: int = 1,
+        sharding: Sharding | None = None,
     ) -> Float[Array, "batch frames height width 3"]:
         """The video of normalised latents, `4 t - 3` frames in float32, clipped to [-1, 1].
 
         Args:
           latents: as `encode` returns them.
           chunk: latent frames at a time; more are not faster on a device that one fills.
+          sharding: splits rows and columns over a mesh; `None`: one device.
 
         Raises:
           ValueError: the latents have another shape than `encode` makes, or `chunk` is below 1.
@@ -118,11 +133,15 @@ class WanVAE(nnx.Module):
             raise ValueError(f"expected t, h and w of at least 1, got {latents.shape[1:4]}")
         _check_chunk(chunk)
 
-        def part(frames: Array, cache: Cache) -> Array:
-            z = frames.astype(jnp.float32) * jnp.array(config.std) + jnp.array(config.mean)
-            return jnp.clip(self.decoder(self.post_quant(z), cache).astype(jnp.float32), -1, 1)
+        def run(vae: WanVAE, latents: Array, picture: Picture) -> Array:
+            def part(frames: Array, cache: Cache) -> Array:
+                z = frames.astype(jnp.float32) * jnp.array(config.std) + jnp.array(config.mean)
+                return jnp.clip(vae.decoder(vae.post_quant(z), cache).astype(jnp.float32), -1, 1)
 
-        return stream(part, latents, chunk=chunk, stride_out=config.strides[0])
+            stride = config.strides[0]
+            return stream(part, latents, chunk=chunk, stride_out=stride, picture=picture)
+
+        return on_mesh(sharding, self, run, latents, latents.shape[2:4], 1, config.strides[1])
 
 
 def _check_chunk(chunk: int) -> None:

@@ -110,9 +110,10 @@ class Decoder(nnx.Module):
         self, latents: Float[Array, "batch t h w channels"], cache: Cache
     ) -> Float[Array, "batch frames height width 3"]:
         """Returns the pixels of some latent frames, given what is kept of those before."""
-        x = self.conv_in(cache.extend(latents.astype(self.dtype), FRAMES_BEFORE))
+        x = self.conv_in(cache.extend(latents.astype(self.dtype), FRAMES_BEFORE), cache.picture)
         x = self.middle(x, cache)
         for level in self.levels:
             x = level(x, cache)
-        x = self.conv_out(cache.extend(jax.nn.silu(self.norm_out(x)), FRAMES_BEFORE))
+        x = cache.extend(jax.nn.silu(self.norm_out(x)), FRAMES_BEFORE)
+        x = self.conv_out(x, cache.picture)
         return unfold_pixels(x, self.patch)

@@ -98,8 +98,8 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "batch t h w moments"]:
         """Returns the moments of some frames, given what is kept of those before."""
         x = fold_pixels(video, self.patch).astype(self.dtype)
-        x = self.conv_in(cache.extend(x, FRAMES_BEFORE))
+        x = self.conv_in(cache.extend(x, FRAMES_BEFORE), cache.picture)
         for level in self.levels:
             x = level(x, cache)
         x = jax.nn.silu(self.norm_out(self.middle(x, cache)))
-        return self.conv_out(cache.extend(x, FRAMES_BEFORE))
+        return self.conv_out(cache.extend(x, FRAMES_BEFORE), cache.picture)

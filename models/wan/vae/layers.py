@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 import vmonarch_jax as vm
 
+from .picture import WHOLE, Padding, Picture
 from .stream import Cache
 
 # A causal kernel of 3 frames sees this many before the present one.
@@ -33,12 +34,60 @@ class Types:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
+class Conv(nnx.Module):
+    """A convolution over frames, rows and columns, or over the last two alone.
+
+    Args:
+      inputs: channels in.
+      outputs: channels out.
+      kernel: frames, rows and columns, or rows and columns.
+      padding: zeros before and after each of these. On a mesh the neighbours' rows and columns
+        come in their place.
+      strides: of each; `None`: 1.
+      types: dtypes.
+      rngs: keys of the initial weights.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, ...],
+        *,
+        padding: Padding,
+        strides: tuple[int, ...] | None = None,
+        types: Types,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.padding, self.strides = padding, strides or (1,) * len(kernel)
+        self.dtype = types.dtype
+        draw = nnx.initializers.lecun_normal()
+        shape = (*kernel, inputs, outputs)
+        self.kernel = nnx.Param(draw(rngs.params(), shape, types.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, types.param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "batch frames height width inputs"], picture: Picture = WHOLE
+    ) -> Float[Array, "batch less_frames less_height less_width outputs"]:
+        """Returns this device's part of the output, given its part of the input."""
+        x, padding = picture.extended(x, self.padding)
+        lead = x.shape[: 4 - len(padding)]  # frames are videos to a convolution of pictures
+        letters = "DHW"[-len(padding) :]
+        x = jax.lax.conv_general_dilated(
+            x.reshape(-1, *x.shape[len(lead) :]).astype(self.dtype),
+            self.kernel[...].astype(self.dtype), self.strides, padding,
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        )  # fmt: skip
+        x = x + self.bias[...].astype(self.dtype)
+        return x.reshape(*lead, *x.shape[1:])
+
+
 def conv(
     inputs: int, outputs: int, kernel: tuple[int, int, int], types: Types, rngs: nnx.Rngs
-) -> nnx.Conv:
+) -> Conv:
     """A 3-D convolution that pads rows and columns and not frames: those the cache puts before."""
     padding = [(0, 0)] + [(n // 2, n // 2) for n in kernel[1:]]
-    return nnx.Conv(inputs, outputs, kernel, padding=padding, **types.kwargs(), rngs=rngs)
+    return Conv(inputs, outputs, kernel, padding=tuple(padding), types=types, rngs=rngs)
 
 
 class ChannelNorm(nnx.Module):
@@ -70,8 +119,8 @@ class ResidualBlock(nnx.Module):
         self, x: Float[Array, "batch frames height width inputs"], cache: Cache
     ) -> Float[Array, "batch frames height width outputs"]:
         """Returns as many frames as it is given."""
-        h = self.conv1(cache.extend(jax.nn.silu(self.norm1(x)), FRAMES_BEFORE))
-        h = self.conv2(cache.extend(jax.nn.silu(self.norm2(h)), FRAMES_BEFORE))
+        h = self.conv1(cache.extend(jax.nn.silu(self.norm1(x)), FRAMES_BEFORE), cache.picture)
+        h = self.conv2(cache.extend(jax.nn.silu(self.norm2(h)), FRAMES_BEFORE), cache.picture)
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -84,14 +133,19 @@ class FrameAttention(nnx.Module):
         self.out = nnx.Linear(dim, dim, **types.kwargs(), rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch frames height width dim"]
+        self, x: Float[Array, "batch frames height width dim"], picture: Picture = WHOLE
     ) -> Float[Array, "batch frames height width dim"]:
-        """Returns the shape that it is given."""
-        batch, frames, height, width, dim = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch * frames, height * width, 1, 3 * dim)
+        """Returns the shape that it is given: its pixels see those of all devices."""
+        dim = x.shape[-1]
+        q, kv = jnp.split(self.qkv(self.norm(x)), [dim], axis=-1)
+        kv = picture.gathered(kv)
+
+        def tokens(y: Array) -> Array:
+            return y.reshape(y.shape[0] * y.shape[1], -1, 1, dim)
+
+        k, v = jnp.split(kv, 2, axis=-1)
         # the head is as wide as the network (384 to 1024), which no kernel is written for
-        q, k, v = jnp.split(qkv, 3, axis=-1)
-        out = vm.Dense()(q, k, v, implementation="xla")
+        out = vm.Dense()(tokens(q), tokens(k), tokens(v), implementation="xla")
         return x + self.out(out.reshape(x.shape))
 
 
@@ -107,4 +161,5 @@ class Middle(nnx.Module):
         self, x: Float[Array, "batch frames height width dim"], cache: Cache
     ) -> Float[Array, "batch frames height width dim"]:
         """Returns the shape that it is given."""
-        return self.block2(self.attention(self.block1(x, cache)), cache)
+        x = self.attention(self.block1(x, cache), cache.picture)
+        return self.block2(x, cache)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import einops
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .layers import FRAMES_BEFORE, Types, conv
+from .layers import FRAMES_BEFORE, Conv, Types, conv
 from .stream import Cache, choose
 
 
@@ -18,18 +20,18 @@ class Halve(nnx.Module):
     """
 
     def __init__(self, dim: int, *, time: bool, types: Types, rngs: nnx.Rngs) -> None:
-        kwargs = {**types.kwargs(), "rngs": rngs}
+        kwargs: Any = {"types": types, "rngs": rngs}
         # padded below and to the right only, as the published weights were trained
-        sides = [(0, 1), (0, 1)]
-        self.space = nnx.Conv(dim, dim, (3, 3), strides=(2, 2), padding=sides, **kwargs)
-        strides = {"strides": (2, 1, 1), "padding": "VALID"}
-        self.time = nnx.Conv(dim, dim, (3, 1, 1), **strides, **kwargs) if time else None
+        sides = ((0, 1), (0, 1))
+        self.space = Conv(dim, dim, (3, 3), strides=(2, 2), padding=sides, **kwargs)
+        none = {"strides": (2, 1, 1), "padding": ((0, 0),) * 3}
+        self.time = Conv(dim, dim, (3, 1, 1), **none, **kwargs) if time else None
 
     def __call__(
         self, x: Float[Array, "batch frames height width dim"], cache: Cache
     ) -> Float[Array, "batch half_frames half_height half_width dim"]:
         """Returns half of the frames, if frames are halved."""
-        x = self.space(x)
+        x = self.space(x, cache.picture)
         if self.time is None:
             return x
         halves = self.time(cache.extend(x, 1))
@@ -46,8 +48,8 @@ class Double(nnx.Module):
     def __init__(
         self, inputs: int, outputs: int, *, time: bool, types: Types, rngs: nnx.Rngs
     ) -> None:
-        kwargs = {**types.kwargs(), "rngs": rngs}
-        self.space = nnx.Conv(inputs, outputs, (3, 3), padding=[(1, 1), (1, 1)], **kwargs)
+        sides = ((1, 1), (1, 1))
+        self.space = Conv(inputs, outputs, (3, 3), padding=sides, types=types, rngs=rngs)
         self.time = conv(inputs, 2 * inputs, (3, 1, 1), types, rngs) if time else None
 
     def __call__(
@@ -58,7 +60,7 @@ class Double(nnx.Module):
             pairs = self.time(cache.extend(x, FRAMES_BEFORE, below=1))
             pairs = einops.rearrange(pairs, "z t h w (two c) -> z (t two) h w c", two=2)
             x = choose(cache.numbers(pairs.shape[1]) == 0, jnp.repeat(x, 2, axis=1), pairs)
-        return self.space(einops.repeat(x, "z t h w c -> z t (h 2) (w 2) c"))
+        return self.space(einops.repeat(x, "z t h w c -> z t (h 2) (w 2) c"), cache.picture)
 
 
 def mean_down(

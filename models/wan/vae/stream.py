@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .picture import WHOLE, Picture
+
 #: What the causal layers remember of earlier frames, in the order in which they run.
 Past = tuple[Array, ...]
 
@@ -27,10 +29,18 @@ class Cache:
       past: `kept` of the piece before, or `None` for zeros.
       start: number of the piece's first latent frame; traced.
       latents: latent frames of a piece.
+      picture: what this device holds of every frame.
     """
 
-    def __init__(self, past: Past | None, start: Int[Array, ""], latents: int) -> None:
+    def __init__(
+        self,
+        past: Past | None,
+        start: Int[Array, ""],
+        latents: int,
+        picture: Picture = WHOLE,
+    ) -> None:
         self.kept: list[Array] = []
+        self.picture = picture
         self._past = None if past is None else iter(past)
         self._start, self._latents = start, latents
 
@@ -78,6 +88,7 @@ def stream(
     chunk: int,
     stride_in: int = 1,
     stride_out: int = 1,
+    picture: Picture = WHOLE,
 ) -> Float[Array, "batch out_frames out_height out_width out_channels"]:
     """Runs a causal `part` over a video, `chunk` latent frames at a time.
 
@@ -92,6 +103,7 @@ def stream(
       chunk: latent frames of a piece.
       stride_in: frames of the input to a latent frame.
       stride_out: frames of the output to a latent frame.
+      picture: what this device holds of every frame.
     """
     latents = (x.shape[1] - 1) // stride_in + 1
     chunk = min(chunk, latents)
@@ -106,7 +118,7 @@ def stream(
         piece = jax.lax.dynamic_slice_in_dim(x, jnp.maximum(at, 0), frames_in, axis=1)
         # The first slice begins with the video; rolled, it ends where the second begins.
         piece = jnp.where(n == 0, jnp.roll(piece, (before + 1) * stride_in - 1, axis=1), piece)
-        cache = Cache(past, n * chunk - before, chunk)
+        cache = Cache(past, n * chunk - before, chunk, picture)
         return part(piece, cache), tuple(cache.kept)
 
     def step(carry: tuple[Past, Array], n: Array) -> tuple[tuple[Past, Array], None]:
