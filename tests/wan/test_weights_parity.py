@@ -218,34 +218,60 @@ def lora_state(form):
         ]:  # fmt: skip
             inputs, outputs = {"ffn.0": (24, 40), "ffn.2": (40, 24)}.get(module, (24, 24))
             name = f"blocks.{layer}.{module}"
+            name = f"diffusion_model.{name}"
+            down, up = "lora_A", "lora_B"
             if form == "kohya":
-                name = "lora_unet_" + name.replace(".", "_")
+                name = "lora_unet_" + name.removeprefix("diffusion_model.").replace(".", "_")
+            if form != "original":
                 down, up = "lora_down", "lora_up"
                 state[f"{name}.alpha"] = torch.tensor(3.0)
-            else:
-                name = f"diffusion_model.{name}"
-                down, up = "lora_A", "lora_B"
+            if form == "distilled":
+                state[f"{name}.diff_b"] = torch.randn(outputs, generator=generator)
             state[f"{name}.{down}.weight"] = torch.randn(2, inputs, generator=generator)
             state[f"{name}.{up}.weight"] = torch.randn(outputs, 2, generator=generator)
+    if form == "distilled":
+        state |= beside_the_blocks(generator)
     return state
 
 
-@pytest.mark.parametrize("form", ["kohya", "original"])
+def beside_the_blocks(generator):
+    """What LoRAs of distilled models hold besides: full differences, those of norms all zero."""
+    state = {}
+    for name, inputs, outputs in (
+        ("text_embedding.0", 10, 24), ("text_embedding.2", 24, 24), ("time_projection.1", 24, 144),
+        ("time_embedding.0", 8, 24), ("time_embedding.2", 24, 24),
+    ):  # fmt: skip
+        state[f"{name}.lora_down.weight"] = torch.randn(2, inputs, generator=generator)
+        state[f"{name}.lora_up.weight"] = torch.randn(outputs, 2, generator=generator)
+        state[f"{name}.diff_b"] = torch.randn(outputs, generator=generator)
+    state["head.head.diff"] = torch.randn(16, 24, generator=generator)
+    state["head.head.diff_b"] = torch.randn(16, generator=generator)
+    state["blocks.1.norm3.diff"] = state["blocks.1.norm3.diff_b"] = torch.zeros(24)
+    state["blocks.0.self_attn.norm_q.diff"] = torch.zeros(24)
+    return {f"diffusion_model.{key}": value.clone() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("form", ["kohya", "original", "distilled"])
 def test_lora_as_diffusers_reads_it(tmp_path, form):
     state = lora_state(form)
     save_file(state, tmp_path / "x.safetensors")
     convert = {
         "kohya": lora_conversion_utils._convert_musubi_wan_lora_to_diffusers,
         "original": lora_conversion_utils._convert_non_diffusers_wan_lora_to_diffusers,
+        "distilled": lora_conversion_utils._convert_non_diffusers_wan_lora_to_diffusers,
     }[form]
     converted = convert(dict(state))
-    assert len(converted) == 3 * 10 * 2
+    # three tensors of each module, and five modules and the head beside the blocks
+    assert len(converted) == (3 * (3 * 10 + 6) if form == "distilled" else 3 * 10 * 2)
     params = random_params(SMALL)
     want = {key: torch.from_numpy(v) for key, v in tensors_of(SMALL, params, "diffusers").items()}
     for key in [k for k in converted if k.endswith("lora_A.weight")]:
         up, down = converted[key.replace("lora_A", "lora_B")], converted[key]
         module = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
         want[f"{module}.weight"] = want[f"{module}.weight"] + 0.6 * (up @ down)
+        bias = converted.get(key.replace("lora_A.weight", "lora_B.bias"))
+        if bias is not None:
+            want[f"{module}.bias"] = want[f"{module}.bias"] + 0.6 * bias
     entries = part_entries(SMALL, "transformer")
     merged = merge_lora(params, tmp_path / "x.safetensors", entries, 0.6)
     got = tensors_of(SMALL, {k: np.asarray(v) for k, v in merged.items()}, "diffusers")
