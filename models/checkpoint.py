@@ -6,11 +6,9 @@ import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from .arrays import read_arrays
-from .params import check_params
+from .arrays import restore_arrays
 from .step import TrainState
 
 
@@ -61,7 +59,8 @@ class Checkpoints:
         """Returns the newest state and the data iterator's state.
 
         Args:
-          like: a state of the same run, for its structure, shapes, dtypes and placement.
+          like: a state of the same run, for its structure, shapes, dtypes and placement, which may
+            be on another mesh than that it was saved from; each device reads its share.
 
         Raises:
           ValueError: there is no checkpoint, or it is damaged, or it is of another model.
@@ -71,12 +70,10 @@ class Checkpoints:
             raise ValueError(f"{self.folder}: expected a checkpoint, got none")
         where = self.folder / str(step)
         named = _named(like)
-        stored = read_arrays(where / "state")
-        check_params(stored, named, where)
-        leaves = [
-            jax.device_put(np.asarray(stored[name], leaf.dtype), leaf.sharding)
-            for name, leaf in named.items()
-        ]
+        stored = restore_arrays(
+            where / "state", named, lambda name, _: (named[name].sharding, named[name].dtype)
+        )
+        leaves = [stored[name] for name in named]
         try:
             composite = ocp.args.Composite(data=ocp.args.JsonRestore())
             data: Any = self._manager.restore(step, args=composite)

@@ -53,6 +53,7 @@ def cache_of(places):
     return ClipCache(detect(places / "wan"), clips, ClipSettings(5, (48, 32), 16), places / "cache")
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_batch():
     """Frames that are given differ from video to video, and so does what a part is judged by."""
     config = small_config("ti2v")

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Sharding as Placement
 
-from ...params import Params, check_params
+from ...arrays import restore_arrays
+from ...params import Params
 from .entry import Entry
 
 
@@ -41,37 +41,12 @@ def restore_params(
     Raises:
       ValueError: the folder is missing, incomplete or damaged, or is of other parameters.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder of parameters, got none")
-    entries = tuple(entries)
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        stored: dict[str, Any] = dict(handler.metadata(epath.Path(folder.absolute())).tree)
-    except Exception as error:  # orbax and its storage raise many kinds; all mean the same here
-        raise _damaged(folder, error) from error
-    expected = {e.name: jax.ShapeDtypeStruct(e.full_shape, jnp.float32) for e in entries}
-    check_params(stored, expected, folder)
+    entries = {entry.name: entry for entry in entries}
+    expected = {n: jax.ShapeDtypeStruct(e.full_shape, jnp.float32) for n, e in entries.items()}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = {
-        entry.name: ocp.ArrayRestoreArgs(
-            sharding=here if shardings is None else shardings[entry.name],
-            dtype=dtype_of(entry) or stored[entry.name].dtype,
-        )
-        for entry in entries
-    }
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            return dict(
-                checkpointer.restore(
-                    folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=places)
-                )
-            )
-    except Exception as error:  # likewise
-        raise _damaged(folder, error) from error
 
+    def place_of(name: str, stored: Any) -> tuple[Placement, Any]:
+        place = here if shardings is None else shardings[name]
+        return place, dtype_of(entries[name]) or stored.dtype
 
-def _damaged(folder: pathlib.Path, error: Exception) -> ValueError:
-    first = (str(error).splitlines() or [""])[0]
-    return ValueError(
-        f"{folder}: expected a complete set of parameters, got {type(error).__name__}: {first}"
-    )
+    return restore_arrays(folder, expected, place_of, "parameters")
