@@ -16,6 +16,9 @@ from .checkpoint import Checkpoints
 from .metrics import MetricsCSV, plot_losses
 from .step import TrainConfig, TrainState
 
+#: What decides the outcome of a run, in its folder.
+SETTINGS_FILE = "run.json"
+
 
 class Interrupted(RuntimeError):
     """Training was asked to stop; its state is saved and the same call goes on from there."""
@@ -95,10 +98,10 @@ def claim(folder: pathlib.Path, **parts: Any) -> None:
       **parts: what decides the outcome, as plain values; `train` are the fields of a `TrainConfig`.
 
     Raises:
-      ValueError: another run is there; the message says in which part it differs.
+      ValueError: another run is there; the message says in which settings it differs.
     """
     wanted = json.loads(json.dumps(parts))
-    path = folder / "run.json"
+    path = folder / SETTINGS_FILE
     if not path.exists():
         path.write_text(json.dumps(wanted, indent=2) + "\n")
         return
@@ -107,14 +110,24 @@ def claim(folder: pathlib.Path, **parts: Any) -> None:
         for settings in (found["train"], wanted["train"]):
             # how often to save decides nothing about the outcome and may change between resumes
             del settings["save_every"], settings["keep"]
-        changed = [part for part in wanted if found[part] != wanted[part]]
+        changed = list(_changes({part: found[part] for part in wanted}, wanted))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected the settings of a run, got {error!r}") from error
-    for part in changed:
+    if changed:
         raise ValueError(
-            f"{path}: expected the run that is there, {part} = {found[part]}, "
-            f"got {wanted[part]}; choose another folder for another run"
+            f"{path}: expected the run that is there, {', '.join(changed)}; "
+            "choose another folder for another run"
         )
+
+
+def _changes(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Each setting that is another, such as `train.steps = 4, got 8`."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in dict.fromkeys([*found, *wanted]):
+            below = f"{name}.{key}" if name else key
+            yield from _changes(found.get(key), wanted.get(key), below)
+    elif found != wanted:
+        yield f"{name} = {found}, got {wanted}"
 
 
 @contextlib.contextmanager

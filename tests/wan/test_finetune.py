@@ -20,9 +20,7 @@ from vmonarch_jax.models.loop import Interrupted
 from vmonarch_jax.models.metrics import read_csv
 from vmonarch_jax.models.step import TrainConfig, init_state
 from vmonarch_jax.models.wan.finetune import tune as tuning
-from vmonarch_jax.models.wan.finetune.adapters import (
-    LoRA,
-)
+from vmonarch_jax.models.wan.finetune.adapters import LoRA
 from vmonarch_jax.models.wan.finetune.cache import ClipCache, ClipSettings
 from vmonarch_jax.models.wan.finetune.data import find_clips, read_clip
 from vmonarch_jax.models.wan.finetune.tune import Tuning, tune
@@ -354,7 +352,7 @@ def test_four_devices_do_as_one(places, tmp_path, full):
         (["--weights", "EMPTY"], "expected Wan weights"),
         (["--size", "50x32"], "of a height that 16 divides and a width that 16 divides"),
         (["--frames", "4"], "makes videos of 4 n + 1 frames"),
-        (["--frames", "9"], "expected 9 frames of each video, got 3 problems"),
+        (["--frames", "9"], "expected 9 frames of each of 3 videos, got 3 without"),
         (["--batch-size", "4"], "expected at least batch_size = 4 videos, got 3"),
         (["--projections", "attn,head"], "of attn, cross, attn.k, attn.out, attn.q"),
         (["--full", "--rank", "4"], "expected no --rank with --full"),
@@ -375,6 +373,19 @@ def test_mistakes_get_one_message_before_anything_slow(places, tmp_path, capsys,
     assert error.startswith("vmonarch finetune: error: ")
     assert words in error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_is_no_run_before_its_videos_are_good(places, tmp_path, capsys):
+    """Mended videos are other data, and the same command must take them."""
+    write_clips(tmp_path / "videos", 1)
+    video = tmp_path / "videos" / "clip0.mp4"
+    video.write_bytes(video.read_bytes()[:300])
+    flags = ["--data", tmp_path / "videos", "--cache", places / "cache"]
+    assert command(places, tmp_path / "run", *flags) == 2
+    assert "clip0.mp4: expected a readable video" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+    assert command(places, video, *flags) == 2
+    assert f"expected --out of a folder, got the file {video}" in capsys.readouterr().err
 
 
 def test_long_captions_and_runs_inside_the_weights_are_refused(places, tmp_path, capsys):

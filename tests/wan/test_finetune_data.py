@@ -118,7 +118,7 @@ def test_clips_that_do_not_fit_are_all_named(tmp_path):
     with pytest.raises(ValueError) as error:
         check_clips([clip_of(p) for p in (good, short, slow, few, damaged)], 9, 16)
     first, *problems = str(error.value).split("\n  ")
-    assert first == "expected 9 frames of each video, got 4 problems:"
+    assert first == "expected 9 frames of each of 5 videos, got 4 without:"
     assert problems[0].startswith("short.mp4: expected at least 0.50 seconds (9 frames at 16 a sec")
     assert problems[1].startswith("slow.mp4: expected about 16 frames a second or more, got 8;")
     assert problems[2] == "few: expected at least 9 images, got 3"

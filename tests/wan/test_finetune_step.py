@@ -136,7 +136,7 @@ def test_dry_run_says_what_a_step_takes(places, tmp_path, capsys):
     assert not (places / "cache").exists()
     wrong = [*common, "--batch-size", "2", "--accumulate", "3"]
     assert cli.main([str(flag) for flag in wrong]) == 2
-    assert "expected parts that divide batch_size = 2, got 3" in capsys.readouterr().err
+    assert "parts (--accumulate) that divide batch_size = 2, got 3" in capsys.readouterr().err
 
 
 def test_flops_count_what_is_computed_again():

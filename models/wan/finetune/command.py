@@ -122,6 +122,8 @@ def run_wan(args: argparse.Namespace) -> None:
         raise ValueError(f"expected --optimizer adamw with --weights, got {args.optimizer}")
     if args.out.resolve().is_relative_to(args.weights.resolve()):
         raise ValueError(f"expected --out outside of the weights {args.weights}, got {args.out}")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"expected --out of a folder, got the file {args.out}")
     found = detect(args.weights)
     model = found.config
     tuning = _tuning(args, model)

@@ -177,7 +177,8 @@ def check_clips(clips: Sequence[Clip], frames: int, fps: float) -> None:
             problems.append(str(error))
     if problems:
         raise ValueError(
-            f"expected {frames} frames of each video, got {len(problems)} problems:\n  "
+            f"expected {frames} frames of each of {len(clips)} videos, "
+            f"got {len(problems)} without:\n  "
             + "\n  ".join(problems[:_LISTED])
             + (f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else "")
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from ...loop import claim, run_steps
+from ...loop import SETTINGS_FILE, claim, run_steps
 from ...params import Params
 from ...pipeline import batches
 from ...step import TrainConfig, TrainState, init_state, make_update
@@ -75,21 +75,24 @@ def tune(
     check_run(cache, config, tuning, sharding, parts)
     found, folder = cache.found, pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    claim(
-        folder,
-        model={"name": found.config.name, "weights": fingerprint(found.parts[tuning.part])},
-        train=dataclasses.asdict(config),
-        attention=str(tuning.attention),
-        tuning={
+    settings = {
+        "model": {"name": found.config.name, "weights": fingerprint(found.parts[tuning.part])},
+        "train": dataclasses.asdict(config),
+        "attention": str(tuning.attention),
+        "tuning": {
             "lora": None if tuning.lora is None else dataclasses.asdict(tuning.lora),
             "part": tuning.part,
             "dtype": tuning.dtype,
             "first_frame_share": tuning.first_frame_share,
             **({"linear_branch": True} if tuning.linear_branch else {}),
         },
-        data={"clips": len(cache.clips), "sha256": cache.key},
-    )
+        "data": {"clips": len(cache.clips), "sha256": cache.key},
+    }
+    # a folder is the run's only when every video was found good: until then they may be mended
+    if (folder / SETTINGS_FILE).exists():
+        claim(folder, **settings)
     source = cache.fill(progress=progress)
+    claim(folder, **settings)
     data = batches(source, batch_size=config.batch_size, seed=config.seed)
     model, trained, frozen = prepare(found, tuning, config.seed, sharding)
     # what the branches were, where they are not new; new ones were zero
@@ -145,7 +148,8 @@ def check_run(
         )
     if parts < 1 or config.batch_size % parts:
         raise ValueError(
-            f"expected parts that divide batch_size = {config.batch_size}, got {parts}"
+            f"expected parts (--accumulate) that divide batch_size = {config.batch_size}, "
+            f"got {parts}"
         )
     if sharding is None:
         return
