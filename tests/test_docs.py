@@ -88,7 +88,7 @@ def test_python_of_the_readme(capsys):
 
 @pytest.mark.slow
 def test_python_of_the_page_on_attention():
-    grid, batch, heads, head_dim = vm.VideoGrid(4, 8, 8), 1, 2, 16
+    grid, batch, heads, head_dim = vm.VideoGrid(4, 8, 16), 1, 1, 16
     q, k, v = jax.random.normal(jax.random.key(0), (3, batch, grid.tokens, heads, head_dim))
     sizes = {"batch": batch, "heads": heads, "head_dim": head_dim}
     names = {"vm": vm, "jnp": jnp, "grid": grid, "q": q, "k": k, "v": v, **sizes}
