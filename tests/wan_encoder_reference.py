@@ -13,6 +13,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from vmonarch_jax.models.wan.config import ImageConfig, TextConfig
 from vmonarch_jax.models.wan.keys_clip import clip_entries
@@ -93,6 +94,16 @@ def reference_image_states(model: CLIPVisionModel, pixels) -> np.ndarray:
     """What `WanImageToVideoPipeline` gives its transformer."""
     pixels = torch.tensor(pixels).permute(0, 3, 1, 2)
     return model(pixels, output_hidden_states=True).hidden_states[-2].numpy()
+
+
+def reference_squeezed(image: np.ndarray, size: int) -> np.ndarray:
+    """A picture as the original repository prepares it, channels last."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    square = torch.nn.functional.interpolate(
+        pixels.mul(2).sub(1), size=(size, size), mode="bicubic", align_corners=False
+    )
+    mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return ((square[0].mul(0.5).add(0.5) - mean) / std).permute(1, 2, 0).numpy()
 
 
 def reference_pixels(image: np.ndarray, size: int) -> np.ndarray:

@@ -16,6 +16,8 @@ from .config import ImageConfig
 # Mean and deviation of each colour, as CLIP was trained with.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+# Of cubic convolution (Keys 1981): the slope at one pixel's distance, as in torch.
+_SHARP = -0.75
 
 _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -23,25 +25,30 @@ _ACTIVATIONS = {
 }
 
 
-def preprocess_image(
-    image: UInt8[np.ndarray, "height width 3"], size: int = 224
-) -> Float[np.ndarray, "size size 3"]:
-    """The middle square of a picture as the encoder takes it.
+#: How a picture becomes a square: its middle, or all of it.
+FITS = ("crop", "squeeze")
 
-    The shorter side is resized to `size` (bicubic), the middle is cut out, and colours become
-    `(colour / 255 - mean) / std` with CLIP's mean and deviation. This is what Transformers'
-    `CLIPImageProcessor` does, hence Diffusers' `WanImageToVideoPipeline`. The original repository
-    squeezes the whole picture into the square instead, without antialiasing.
+
+def preprocess_image(
+    image: UInt8[np.ndarray, "height width 3"], size: int = 224, fit: str = FITS[0]
+) -> Float[np.ndarray, "size size 3"]:
+    """A picture as the encoder takes it: a square, colours as `(colour / 255 - mean) / std`.
+
+    Mean and deviation are CLIP's. With "crop" the shorter side is resized to `size` (bicubic) and
+    the middle cut out: what Transformers' `CLIPImageProcessor` does, hence Diffusers'
+    `WanImageToVideoPipeline`. With "squeeze" the whole picture is resized to the square, bicubic
+    without antialiasing: what the original repository does.
 
     Args:
       image: one picture, any size.
       size: pixels of each side of the square, `ImageConfig.size`.
+      fit: "crop" or "squeeze".
 
     Returns:
       Float32; stack pictures for a batch.
 
     Raises:
-      ValueError: not a uint8 array `[height, width, 3]`, or `size` is below 1.
+      ValueError: not a uint8 array `[height, width, 3]`, `size` is below 1, or no such `fit`.
 
     Example:
       pixels = preprocess_image(np.asarray(PIL.Image.open("cat.png").convert("RGB")))[None]
@@ -52,11 +59,34 @@ def preprocess_image(
         raise ValueError(f"expected uint8 [height, width, 3], got {image.dtype} {image.shape}")
     if size < 1:
         raise ValueError(f"expected size >= 1, got {size}")
+    if fit not in FITS:
+        raise ValueError(f"expected a fit of {FITS}, got {fit!r}")
+    if fit == "squeeze":
+        rows, columns = (_bicubic(side, size) for side in image.shape[:2])
+        return _coloured(np.einsum("yh,hwc,xw->yxc", rows, image, columns, optimize=True))
     height, width = (size * side // min(image.shape[:2]) for side in image.shape[:2])
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (height - size) // 2, (width - size) // 2
-    square = np.asarray(resized, np.float32)[top : top + size, left : left + size]
-    return (square / 255 - np.asarray(_MEAN, np.float32)) / np.asarray(_STD, np.float32)
+    return _coloured(np.asarray(resized)[top : top + size, left : left + size])
+
+
+def _coloured(square: np.ndarray) -> Float[np.ndarray, "size size 3"]:
+    scaled = square.astype(np.float32) / 255
+    return (scaled - np.asarray(_MEAN, np.float32)) / np.asarray(_STD, np.float32)
+
+
+def _bicubic(side: int, size: int) -> Float[np.ndarray, "size side"]:
+    """Weights that resize a side: cubic convolution of four neighbours, the border repeated."""
+    places = (np.arange(size) + 0.5) * side / size - 0.5
+    first = np.floor(places)
+    weights = np.zeros((size, side))
+    for tap in range(-1, 3):
+        x = np.abs(places - first - tap)
+        near = (_SHARP + 2) * x**3 - (_SHARP + 3) * x**2 + 1
+        far = _SHARP * (x**3 - 5 * x**2 + 8 * x - 4)
+        at = np.clip(first + tap, 0, side - 1).astype(int)
+        np.add.at(weights, (np.arange(size), at), np.where(x <= 1, near, far))
+    return weights
 
 
 class Attention(nnx.Module):

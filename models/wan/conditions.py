@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageOps
 
 from ..params import Params, split_params
-from .clip import preprocess_image
+from .clip import FITS, preprocess_image
 from .config import VAEConfig, WanConfig
 from .sharding import Sharding
 from .umt5 import embed_text
@@ -64,10 +64,10 @@ def check_texts(tokenizer: Any, texts: Sequence[str]) -> None:
 
 
 def image_states(
-    encoder: Any, *images: UInt8[np.ndarray, "height width 3"]
+    encoder: Any, *images: UInt8[np.ndarray, "height width 3"], fit: str = FITS[0]
 ) -> Float[Array, "1 n image_dim"]:
-    """The states of an image, or of several, one after the other."""
-    squares = np.stack([preprocess_image(pixels, encoder.config.size) for pixels in images])
+    """The states of an image, or of several, one after the other; `fit` as `preprocess_image`."""
+    squares = np.stack([preprocess_image(pixels, encoder.config.size, fit) for pixels in images])
     states = _apply(*nnx.split(encoder), squares)
     return states.reshape(1, -1, states.shape[-1])
 

@@ -233,7 +233,9 @@ class WanPipeline:
         batch = len(text)
         states = beside = first = None
         if image is not None and self.config.image is not None:
-            states = self._repeat(image_states(self.part("image_encoder"), *images), batch)
+            fit = request.image_fit
+            states = image_states(self.part("image_encoder"), *images, fit=fit)
+            states = self._repeat(states, batch)
         if image is not None and self.config.first_frame:
             first = self._repeat(first_frame(self.part("vae"), image, self.placement), batch)
         elif image is not None:

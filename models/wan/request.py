@@ -9,6 +9,7 @@ import numpy as np
 
 import vmonarch_jax as vm
 
+from .clip import FITS
 from .config import WanConfig
 from .samplers import Sampler, sampler_of
 from .unipc import SPACINGS
@@ -30,6 +31,8 @@ class Request:
       sampler: "unipc", "dpm++" or "euler".
       spacing: of the noise levels of the first two: "diffusers", or "original" as in the
         repositories of Wan.
+      image_fit: what the image encoder (of Wan2.1) sees: the middle square of the image ("crop", as
+        in Diffusers), or all of it ("squeeze", as in the repositories of Wan).
       seed: of the noise.
 
     Raises:
@@ -49,6 +52,7 @@ class Request:
     shift: float = 5.0
     sampler: str = "unipc"
     spacing: str = SPACINGS[0]
+    image_fit: str = FITS[0]
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class Request:
                 raise ValueError(f"expected {name} >= 1 (1 is none), got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"expected a seed in [0, 2**63), got {self.seed}")
+        if self.image_fit not in FITS:
+            raise ValueError(f"expected an image_fit of {FITS}, got {self.image_fit!r}")
         self.sampler_value()
 
     @classmethod

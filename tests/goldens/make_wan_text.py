@@ -24,6 +24,7 @@ from wan_encoder_reference import (
     reference_image_states,
     reference_pixels,
     reference_prompt_states,
+    reference_squeezed,
     reference_text_encoder,
     reference_text_states,
 )
@@ -46,4 +47,5 @@ if __name__ == "__main__":
     }
     for name in PICTURES:
         images[f"pixels.{name}"] = reference_pixels(picture(name), 28).astype(np.float32)
+        images[f"squeezed.{name}"] = reference_squeezed(picture(name), 28)
     np.savez_compressed(folder / "clip.npz", **images)

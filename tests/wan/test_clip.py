@@ -99,6 +99,9 @@ def test_pixels_equal_golden(name):
     pixels = preprocess_image(picture(name), 28)
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, GOLDENS[f"pixels.{name}"], atol=1e-5)
+    squeezed = preprocess_image(picture(name), 28, "squeeze")
+    assert squeezed.dtype == np.float32
+    np.testing.assert_allclose(squeezed, GOLDENS[f"squeezed.{name}"], atol=1e-4)
 
 
 def test_picture_of_the_right_size_is_only_normalised():
@@ -126,6 +129,8 @@ def test_what_is_no_picture_is_refused(image):
 def test_size_is_positive():
     with pytest.raises(ValueError, match="expected size >= 1, got 0"):
         preprocess_image(picture("square"), 0)
+    with pytest.raises(ValueError, match=r"expected a fit of .*, got 'pad'"):
+        preprocess_image(picture("square"), 28, "pad")
 
 
 @pytest.mark.parametrize("config", [*IMAGES.values(), ImageConfig()])

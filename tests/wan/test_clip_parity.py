@@ -22,6 +22,7 @@ from wan_encoder_reference import (
     reference_image_encoder,
     reference_image_states,
     reference_pixels,
+    reference_squeezed,
 )
 
 
@@ -43,3 +44,5 @@ def test_pixels_equal_transformers(name, size):
     image = picture(name)
     expected = reference_pixels(image, size)
     np.testing.assert_allclose(preprocess_image(image, size), expected, atol=1e-5)
+    expected = reference_squeezed(image, size)
+    np.testing.assert_allclose(preprocess_image(image, size, "squeeze"), expected, atol=1e-4)

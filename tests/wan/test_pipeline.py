@@ -115,6 +115,7 @@ def test_defaults_are_the_authors():
         ({"prompt": "a", "guidance": 0.5}, "guidance >= 1"),
         ({"prompt": "a", "steps": 0}, "steps >= 1"),
         ({"prompt": "a", "sampler": "heun"}, "sampler"),
+        ({"prompt": "a", "image_fit": "pad"}, "expected an image_fit of .*, got 'pad'"),
         ({"prompt": "a", "size": (830, 480)}, "832x480"),
         ({"prompt": "a", "frames": 80}, "81 frames"),
     ],

@@ -8,6 +8,7 @@ import pathlib
 
 from ... import cli_options as options
 from ...attention_schedule import Attention, AttentionSchedule
+from ..clip import FITS
 from ..pipeline import LoRAFile
 from ..samplers import SAMPLERS
 from ..sharding import AXES
@@ -17,7 +18,7 @@ from .run import Job, generate, plan
 # Flags that a request takes; what is not given is the model's own.
 _REQUEST = (
     "negative_prompt", "size", "frames", "steps", "guidance", "guidance_low", "shift", "sampler",
-    "spacing", "seed",
+    "spacing", "image_fit", "seed",
 )  # fmt: skip
 
 
@@ -61,6 +62,11 @@ def add_generate(commands) -> None:
     group.add_argument(
         "--sampler-spacing", dest="spacing", choices=SPACINGS,
         help="of the noise levels: as in Diffusers (default), or as in the original repository",
+    )  # fmt: skip
+    group.add_argument(
+        "--image-fit", choices=FITS,
+        help="what the image encoder sees: the middle square, as in Diffusers (default), or all of "
+        "the image, as in the original repository",
     )  # fmt: skip
     group.add_argument("--seed", type=int, metavar="N", help="default 0")
     group = parser.add_argument_group("LoRA")
