@@ -111,7 +111,10 @@ class ToHeads(nnx.Module):
         self, x: Float[Array, "batch seq dim"]
     ) -> Float[Array, "batch heads seq head_dim"]:
         """The heads of each token, in the dtype of `x`."""
-        heads = jnp.einsum("znc,chd->zhnd", x, as_dtype(x, self.kernel), precision=exact(x))
+        # Each video has the weights to itself, else a TPU writes a head of all videos together, and
+        # copies them apart for the kernels.
+        weights = jnp.broadcast_to(as_dtype(x, self.kernel), (len(x), *self.kernel.shape))
+        heads = jnp.einsum("znc,zchd->zhnd", x, weights, precision=exact(x))
         return heads + as_dtype(x, self.bias)[:, None]
 
 
@@ -163,10 +166,15 @@ class LayerNorm(nnx.Module):
 
 
 def layer_norm(x: Float[Array, "*rows dim"], eps: float) -> Float[Array, "*rows dim"]:
-    """Layer norm without weights, in float32."""
+    """Layer norm without weights, in float32.
+
+    The variance is `mean(x**2) - mean(x)**2`: both means are sums over x as it comes, which a TPU
+    adds up while it makes x; one of the distances to the mean would read x again.
+    """
     x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    mean, square = x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
+    variance = jnp.maximum(square - jnp.square(mean), 0)  # a rounding below zero is zero
+    return (x - mean) * jax.lax.rsqrt(variance + eps)
 
 
 def as_dtype(x: Array, parameter: nnx.Param) -> Array:
