@@ -1,6 +1,8 @@
 """A step of tuning before it is run: its shapes, what it would take, and a batch in parts."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import chex
 import jax
@@ -12,7 +14,7 @@ from vmonarch_jax.models.step import abstract_state, init_state
 from vmonarch_jax.models.wan.finetune.adapters import LoRA
 from vmonarch_jax.models.wan.finetune.cache import ClipCache, ClipSettings
 from vmonarch_jax.models.wan.finetune.data import find_clips
-from vmonarch_jax.models.wan.finetune.plan import make_tuning_plan, step_flops
+from vmonarch_jax.models.wan.finetune.plan import make_tuning_plan, step_flops, step_memory
 from vmonarch_jax.models.wan.finetune.prepare import (
     Tuning,
     abstract,
@@ -93,10 +95,13 @@ def test_shapes_are_those_of_what_is_loaded(places, kind):
     state = init_state(trained, config)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract_state(shapes[0], config))
     plan = make_tuning_plan(cache_of(places), config, how)
-    held = [frozen, state.params, (state.step, state.ema, state.optimizer)]
-    assert [*plan.memory.values()][:3] == [
-        sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in held
-    ]
+    held = {
+        "weights that stay": frozen,
+        "weights that are trained": state.params,
+        "their average and moments": (state.step, state.ema, state.optimizer),
+    }
+    for what, tree in held.items():
+        assert plan.memory.get(what, 0) == sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     assert plan.parameters[0] == sum(leaf.size for leaf in trained.values())
 
 
@@ -110,6 +115,26 @@ def test_a_mesh_holds_its_share_of_full_size_weights():
     assert sum(whole.values()) > 14e9
     assert sum(share.values()) < 1.01 * sum(whole.values()) / 8
     assert all(x.sharding.is_fully_replicated for x in trained.values()), "adapters are thin"
+
+
+RECORD = json.loads((Path(__file__).parents[2] / "benchmarks/wan_memory.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("name", [name for name, case in RECORD.items() if case.get("tuned")])
+def test_memory_is_near_what_the_compiler_takes(name):
+    case = RECORD[name]
+    model = MODELS[{"1.3B": "wan2.1-t2v-1.3B", "14B": "wan2.1-t2v-14B"}[case["part"]]]
+    methods = {"dense": vm.Dense(), "vmonarch": vm.VMonarch(), "salad": vm.Salad()}
+    method = methods[case["attention"]]
+    lora = LoRA() if case["tuned"] == "lora" else None
+    how = Tuning(method, lora, linear_branch=case["attention"] == "salad")
+    sizes = dict(case["mesh"])
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+    sharding = Sharding(mesh) if sizes else None  # pyright: ignore[reportArgumentType]
+    config = train_config(lora is None, batch_size=case["batch"])
+    found = step_memory(model, config, how, vm.VideoGrid(21, 30, 52), sharding)
+    compiled = case["weights"] + case["inputs"] + case["outputs"] + case["temporaries"]
+    assert sum(found.values()) == pytest.approx(compiled, rel=0.15)
 
 
 def test_dry_run_says_what_a_step_takes(places, tmp_path, capsys):

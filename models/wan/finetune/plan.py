@@ -8,21 +8,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import vmonarch_jax as vm
 from vmonarch_jax.units import bytes_text
 
+from ...params import Params
 from ...step import TrainConfig, abstract_state
 from ..config import WanConfig
+from ..generate.plan import weight_bytes
 from ..sharding import Sharding
 from ..transformer import Methods
 from .cache import ClipCache, ClipSettings
 from .prepare import Tuning, abstract
 from .tune import check_run
 
-# What a training step of the 1.3B model holds beside the residual stream of each layer when it is
-# compiled for a TPU v5e: bytes for each token and channel, of one layer that is recomputed.
-_LAYER_BYTES = 100
+# Of one layer that is computed anew: bytes for each token and channel that its backward pass holds
+# in bfloat16 when a step of the 1.3B model is compiled for a TPU v5e, dense or VMonarch.
+_LAYER_BYTES = 66
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,9 @@ class TuningPlan:
       devices: how many share a step.
       batch: videos of a step, and how many of them go through the model at a time.
       steps: of the run.
-      memory: bytes of one device in a step, by what they are for; activations are an estimate.
+      encoders: bytes of the parts that are loaded before, one after another, for what is not in
+        the cache.
+      memory: bytes of one device in a step, by what they are for (`step_memory`).
       flops: matmul FLOPs of a step, and of one under dense attention.
     """
 
@@ -52,6 +57,7 @@ class TuningPlan:
     devices: int
     batch: tuple[int, int]
     steps: int
+    encoders: dict[str, int]
     memory: dict[str, int]
     flops: tuple[int, int]
 
@@ -70,6 +76,10 @@ class TuningPlan:
             f"trained: {self.tuned}",
             f"parameters: {trained:,} trained of {whole:,}",
             f"a step: {step}, on {_count(self.devices, 'device')}",
+            *(
+                f"memory of {part}, loaded before: {bytes_text(n)} of weights"
+                for part, n in self.encoders.items()
+            ),
             *(f"memory of {what}: {bytes_text(n)}" for what, n in self.memory.items()),
             f"memory of a device in all: about {bytes_text(sum(self.memory.values()))}",
             f"FLOPs of a step: about {total / 1e12:,.4g} TFLOPs in matmuls ({less})",
@@ -87,29 +97,16 @@ def make_tuning_plan(
 ) -> TuningPlan:
     """Finds out what `tune` would take with the same arguments; reads no weights, encodes nothing.
 
-    Weights, gradients and the optimizer's state are exact; activations are an estimate from what
-    the compiler holds at full size.
-
     Raises:
       ValueError: what `tune` would raise before it begins.
     """
     check_run(cache, config, tuning, sharding, parts)
     found, settings = cache.found, cache.settings
-    videos, images, _ = cache.lacking()
-    model, trained, frozen = abstract(found.config, tuning, sharding)
-    state = abstract_state(trained, config)
+    videos, images, texts = cache.lacking()
+    needed = {"vae": videos, "image_encoder": images, "text_encoder": texts}
+    model, trained, frozen = abstract(found.config, tuning)
     width, height = settings.size
     grid = found.config.grid_of(settings.frames, height, width)
-    at_a_time = config.batch_size // parts
-    memory = {
-        "weights that stay": _share(frozen),
-        "weights that are trained": _share(state.params),
-        "their average and moments": _share(state) - _share(state.params),
-        "their gradients": _share(state.params) * (1 if parts == 1 else 2),
-        "activations (estimate)": _activations(
-            found.config, tuning, grid.tokens * at_a_time, sharding
-        ),
-    }
 
     def flops(attention: Methods) -> int:
         return config.batch_size * step_flops(found.config, tuning, model.methods(attention), grid)
@@ -128,11 +125,39 @@ def make_tuning_plan(
         settings,
         grid,
         1 if sharding is None else sharding.mesh.size,
-        (config.batch_size, at_a_time),
+        (config.batch_size, config.batch_size // parts),
         config.steps,
-        memory,
+        {part: weight_bytes(found.config, part) for part, items in needed.items() if items},
+        step_memory(found.config, config, tuning, grid, sharding, parts),
         (flops(tuning.attention), flops(vm.Dense())),
     )
+
+
+def step_memory(
+    model: WanConfig,
+    config: TrainConfig,
+    tuning: Tuning,
+    grid: vm.VideoGrid,
+    sharding: Sharding | None = None,
+    parts: int = 1,
+) -> dict[str, int]:
+    """Bytes of one device in a step, by what they are for.
+
+    Weights, gradients and the optimizer's state are exact; what is marked so is an estimate from
+    what the compiler holds at full size.
+    """
+    _, trained, frozen = abstract(model, tuning, sharding)
+    state = abstract_state(trained, config)
+    tokens = grid.tokens * config.batch_size // parts
+    found = {
+        "weights that stay": _share(frozen),
+        "weights that are trained": _share(state.params),
+        "their average and moments": _share(state) - _share(state.params),
+        "their gradients": _share(state.params) * (1 if parts == 1 else 2),
+        "weights at work (estimate)": _copies(model, tuning, frozen | trained, sharding),
+        "activations (estimate)": _activations(model, tuning, tokens, sharding),
+    }
+    return {what: size for what, size in found.items() if size}
 
 
 def _count(number: int, what: str) -> str:
@@ -152,12 +177,25 @@ def _activations(config: WanConfig, tuning: Tuning, tokens: int, sharding: Shard
     """Bytes that one device holds between the layers and inside of one, by estimate."""
     sizes = tuning.computing(config).transformer
     ways = 1 if sharding is None else sharding.ways("batch") * sharding.ways("seq")
-    channels = math.ceil(tokens / ways) * sizes.dim
     item = sizes.compute_dtype.itemsize
-    # what the backward pass starts from in each layer: its input, or the products inside, too
-    products = {"full": 1, "dots": 9 + sizes.ffn_dim / sizes.dim, "none": _LAYER_BYTES / 2}
-    kept = sizes.layers * channels * item * products[tuning.remat]
-    return round(kept + channels * _LAYER_BYTES * item / 2)
+    one = math.ceil(tokens / ways) * sizes.dim * item
+    # what the backward pass starts from in each layer: its input, and products, or everything
+    kept = {"full": 1, "dots": 8 + sizes.ffn_dim / sizes.dim, "none": _LAYER_BYTES / 2}
+    return round(sizes.layers * one * kept[tuning.remat] + one * _LAYER_BYTES / 2)
+
+
+def _copies(config: WanConfig, tuning: Tuning, params: Params, sharding: Sharding | None) -> int:
+    """Bytes of weights that one device rounds to the dtype of products, or gathers."""
+    sizes = tuning.computing(config).transformer
+    item = sizes.compute_dtype.itemsize
+    kinds = {jnp.dtype(tuning.frozen_dtype), sizes.compute_dtype}
+    rounded = sum(_share(x) * item // x.dtype.itemsize for x in params.values())
+    if sharding is None or sharding.ways("embed", "params") == 1:
+        return rounded if len(kinds) > 1 else 0
+    layer = sum(x.size for name, x in params.items() if name.startswith("blocks.")) // sizes.layers
+    # one layer is at work while the next one comes
+    gathered = 2 * layer * item // sharding.ways("heads", "params")
+    return gathered + (rounded if len(kinds) > 1 else 0)
 
 
 def step_flops(
