@@ -67,6 +67,27 @@ def mesh_axes(text: str) -> dict[str, int]:
     return sizes
 
 
+# Of the fields of `TrainConfig` and `FlowConfig`.
+_FIELD_HELP = {
+    "steps": "of the optimizer",
+    "batch_size": "videos a step",
+    "learning_rate": "its peak",
+    "warmup_steps": "of the linear rise to the learning rate",
+    "weight_decay": "of matrices",
+    "clip_norm": "global norm that gradients are clipped to",
+    "beta2": "of Adam",
+    "ema_decay": "of the moving average, which is what is kept; 0: none",
+    "seed": "of new weights, the order of the data, times and noise",
+    "save_every": "steps between checkpoints",
+    "keep": "checkpoints that are kept, the newest",
+    "shift": "of the times that are drawn, towards the noise",
+    "logit_mean": "of the normal whose sigmoid a time is",
+    "logit_std": "its standard deviation",
+    "label_dropout": "share of videos without their class",
+    "caption_dropout": "share of videos without their caption",
+}
+
+
 def add_fields(
     parser: argparse.ArgumentParser,
     config: type,
@@ -82,7 +103,7 @@ def add_fields(
             type=type(field.default),
             default=default,
             metavar="N",
-            help=f"default {default}",
+            help="; ".join([*filter(None, [_FIELD_HELP.get(field.name)]), f"default {default}"]),
         )
 
 

@@ -39,16 +39,27 @@ _HELD_OUT = 77
 
 
 def _add_run(parser: argparse.ArgumentParser, attention: str = "dense", **defaults: float) -> None:
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, metavar="DIR", help="folder of the run"
+    )
     options.add_attention(parser, attention)
     options.add_fields(parser, TrainConfig, defaults=defaults)
     options.add_fields(parser, FlowConfig)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default adamw")
-    parser.add_argument("--frames", type=int, help="frames of the training videos")
+    parser.add_argument("--frames", type=int, metavar="N", help="of the training videos")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matmuls")
-    parser.add_argument("--scan-layers", action="store_true", default=None)
-    parser.add_argument("--remat", action="store_true", default=None)
-    parser.add_argument("--workers", type=int, default=0, help="processes that render videos")
+    small = "of a model of this package: "
+    parser.add_argument(
+        "--scan-layers", action="store_true", default=None,
+        help=f"{small}one program for all layers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--remat", action="store_true", default=None,
+        help=f"{small}compute each layer anew in the backward pass",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help=f"{small}processes that render videos"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

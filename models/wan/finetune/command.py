@@ -10,7 +10,7 @@ from ... import cli_options as options
 from ...flow import FlowConfig
 from ...step import SCHEDULES, TrainConfig
 from ..config import WanConfig
-from ..sharding import Sharding, make_mesh
+from ..sharding import AXES, Sharding, make_mesh
 from ..weights.detect import Found, detect
 from .adapters import LoRA
 from .cache import ClipCache, ClipSettings
@@ -37,8 +37,9 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of tuning a Wan model; the run's own (`--steps`, ...) are there already."""
     group = parser.add_argument_group(
         "a Wan model (with --weights)",
-        "Defaults: 1000 steps of one video, learning rate 1e-4 (1e-5 with --full, and no moving "
-        "average), shift, size, frames and frame rate of the model.",
+        "Defaults: 1000 steps of one video, 50 of them warm-up, learning rate 1e-4 (1e-5 with "
+        "--full, and no moving average), bfloat16, shift, size, frames and frame rate of the "
+        "model.",
     )
     add_data_options(group, cache="cache in the run's folder")
     group.add_argument(
@@ -102,7 +103,12 @@ def add_data_options(group: Any, cache: str) -> None:
         "--first-frame-share", type=float, metavar="P",
         help="share of videos whose first frame is given, where the model can; default 0.2",
     )  # fmt: skip
-    group.add_argument("--mesh", type=options.mesh_axes, metavar="AXIS=N,...", help="of devices")
+    group.add_argument(
+        "--mesh",
+        type=options.mesh_axes,
+        metavar="AXIS=N,...",
+        help=f"devices along {', '.join(AXES)}",
+    )
 
 
 def check_no_wan_options(args: argparse.Namespace) -> None:
