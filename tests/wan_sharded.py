@@ -265,36 +265,27 @@ def certificate():
     """The certificate of a step by a pipeline on a mesh, and by one on one device."""
     config = dataclasses.replace(
         MODELS["wan2.1-t2v-1.3B"],
-        transformer=dataclasses.replace(CONFIG, layers=3, in_channels=16, out_channels=16),
+        transformer=dataclasses.replace(CONFIG, in_channels=16, out_channels=16),
     )
     request = Request.of(config, prompt="", size=(8 * 6, 8 * 10), frames=9, steps=3)
     assert request.grid(config) == GRID
     conditions = Conditions(drawn(1, 1, TEXT, CONFIG.text_dim), drawn(2, 1, TEXT, CONFIG.text_dim))
     rebuild, params = split_params(WanTransformer(config.transformer, rngs=nnx.Rngs(0)))
-    # tiers are compared between the heads of a device, so here all of them are alike
-    sparse = vm.AdaSpa(0.5, 8, (0,), warmup_steps=0, head_adaptive=False)
-    cases = (
-        ({"data": 2, "context": 2, "tensor": 2}, (vm.VMonarch(), sparse, vm.Corrected()), True, 1),
-        ({"context": 8}, (vm.VMonarch(), vm.VMonarch(), vm.Corrected()), False, 0),
-    )
+    methods = (vm.VMonarch(), vm.Corrected())
 
-    def certified(sharding, methods, batched, steps):
+    def certified(sharding):
         placed = params
         if sharding is not None:
             entries = transformer_entries(config.transformer)
             placed = jax.device_put(params, sharding.param_shardings(entries))
         parts = {"transformer": rebuild(placed)}
         pipeline = WanPipeline(config, parts, placement=sharding)
-        progress = pipeline.begin(request, pipeline.noise(request))
-        for n in range(steps):
-            progress = pipeline.step(
-                request, conditions, n, progress, attention=methods, batched=batched
-            )
-        return certify(pipeline, request, conditions, steps, progress, methods, batched)
+        start = pipeline.begin(request, pipeline.noise(request))
+        return certify(pipeline, request, conditions, 0, start, methods, batched=True)
 
     found = {}
-    for sizes, *how in cases:
-        want, got = (certified(sharding, *how) for sharding in (None, Sharding(make_mesh(**sizes))))
+    for sizes in MESHES[:1]:
+        want, got = (certified(sharding) for sharding in (None, Sharding(make_mesh(**sizes))))
         *want, none = ([row["mean_kl"], row["max_kl"]] for row in want)
         *got, also = ([row["mean_kl"], row["max_kl"]] for row in got)
         found[str(sizes)] = {"got": got, "want": want, "none": [none, also]}

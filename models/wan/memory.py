@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -125,13 +126,24 @@ def after(
 
 
 def state_bytes(
-    config: WanConfig, request: Request, attention: Attention, batched: bool
+    config: WanConfig,
+    request: Request,
+    attention: Attention,
+    batched: bool,
+    placement: Sharding | None = None,
 ) -> dict[str, int]:
-    """Bytes of what is remembered while each expert runs, at most."""
+    """Bytes of what is remembered while each expert runs, at most; with a mesh, on one device."""
+
+    def held_by_one(leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.shape
+        if placement is not None:
+            shape = placement.state_shardings(leaf).shard_shape(shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
     most: dict[str, int] = {}
     experts = request.experts(config)
     for index, found in _during(config, request, attention, batched):
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(found))
+        held = sum(map(held_by_one, jax.tree.leaves(found)))
         most[experts[index][0]] = max(most.get(experts[index][0], 0), held)
     return most
 

@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import jax.numpy as jnp
+import jax
 
 import vmonarch_jax as vm
 from vmonarch_jax.units import bytes_text
 
 from ...attention_schedule import Attention, flops_of_steps, runs_of
 from ..config import WanConfig
-from ..memory import let_go, state_bytes
+from ..memory import calls_of, let_go, state_bytes
 from ..request import Request
+from ..sharding import Sharding
 from ..weights.detect import Found
-from ..weights.parts import PARTS, matches, part_entries
+from .estimate import step_bytes, text_bytes, vae_bytes, weight_bytes
+
+# Matmul FLOPs a second in bfloat16 of a device of JAX's, as published, by how its kind begins.
+_PEAKS = {
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v6 lite": 918e12,
+    "tpu v6e": 918e12,
+    "tpu7x": 2307e12 / 2,  # JAX sees two devices in a chip
+    "nvidia h100": 989e12,
+    "nvidia a100": 312e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What is known of each device.
+
+    Attributes:
+      kind: as JAX names it.
+      memory: bytes that programs may take; `None`: not known.
+      peak: matmul FLOPs a second in bfloat16, as published; `None`: not known.
+    """
+
+    kind: str
+    memory: int | None = None
+    peak: float | None = None
+
+    @classmethod
+    def here(cls) -> Device:
+        """The first device of this process."""
+        device = jax.devices()[0]
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        peaks = (_PEAKS[kind] for kind in _PEAKS if device.device_kind.lower().startswith(kind))
+        return cls(device.device_kind, memory, next(peaks, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +57,19 @@ class Plan:
     """What a run would do; `str()` of it is the report of `--dry-run`.
 
     Attributes:
-      model: name and layout.
+      model: name, layout and dtype.
       files: files and their bytes, by part.
-      weights: bytes of each part's parameters once loaded.
+      weights: bytes of each part's parameters once loaded, on all devices together once.
       grid: tokens.
       attention: of the denoising steps, `(first, end, names of the methods)`.
-      memory: bytes on the device in each phase: weights, and the rest by estimate, of which
+      memory: bytes on one device in each phase: weights, and the rest by estimate, of which
         attention's states are known.
-      states: bytes of what attention remembers, at most.
+      states: bytes of what attention remembers, at most, on all devices together.
       flops: of all denoising steps, and of the same under dense attention.
+      compared: the method that is compared with and the FLOPs of its steps, or `None`.
+      mesh: devices along its axes above 1; `None`: one device.
+      devices: how many.
+      device: each of them.
     """
 
     model: str
@@ -42,11 +80,31 @@ class Plan:
     memory: dict[str, tuple[int, int]]
     states: int
     flops: tuple[int, int]
+    compared: tuple[str, int] | None
+    mesh: dict[str, int] | None
+    devices: int
+    device: Device
 
     @property
     def peak(self) -> int:
-        """Bytes of the largest phase."""
+        """Bytes of the largest phase on one device."""
         return max(sum(parts) for parts in self.memory.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has memory for the largest phase; `None`: not known."""
+        return None if self.device.memory is None else self.peak <= self.device.memory
+
+    @property
+    def seconds(self) -> float | None:
+        """That denoising would take if all of it were matmuls at the peak rate, if that is known.
+
+        No run is as fast as that.
+        """
+        if self.device.peak is None:
+            return None
+        total = self.flops[0] + (0 if self.compared is None else self.compared[1])
+        return total / (self.device.peak * self.devices)
 
     def __str__(self) -> str:
         lines = [
@@ -60,75 +118,144 @@ class Plan:
             )
         for first, end, names in self.attention:
             lines.append(f"steps {first + 1} to {end}: {names}")
+        each = ""
+        if self.mesh is not None:
+            each = " per device"
+            axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+            lines.append(f"mesh: {axes or 'one device'}; memory is per device, {_of(self.devices)}")
         for phase, (weights, rest) in self.memory.items():
             lines.append(
                 f"memory of {phase}: {bytes_text(weights + rest)} "
                 f"({bytes_text(weights)} of weights, about {bytes_text(rest)} more)"
             )
-        total, dense = self.flops
         if self.states:
             lines.append(
                 f"attention remembers: {bytes_text(self.states)}, kept on disk for --resume"
             )
-        lines.append(f"peak memory: about {bytes_text(self.peak)}")
+        lines.append(f"peak memory: about {bytes_text(self.peak)}{each}{self._against_limit()}")
+        total, dense = self.flops
         lines.append(
-            f"denoising: {total / 1e15:.3g} PFLOPs in matmuls; under dense attention alone "
-            f"{dense / 1e15:.3g}, {dense / total:.2f} times as many"
+            f"denoising: {total / 1e15:.3g} PFLOPs in matmuls ({dense / total:.2f} times fewer "
+            "than under dense attention)"
         )
+        if self.compared is not None:
+            name, flops = self.compared
+            lines.append(f"comparison: {flops / 1e15:.3g} PFLOPs under {name}")
+        if self.seconds is not None and self.device.peak is not None:
+            lines.append(
+                f"at the peak rate of {_of(self.devices, self.device.kind)} "
+                f"({self.device.peak / 1e12:.4g} TFLOP/s each in bfloat16) these alone take "
+                f"{_time_text(self.seconds)}; no run is that fast"
+            )
         return "\n".join(lines)
+
+    def _against_limit(self) -> str:
+        if self.fits is None or self.device.memory is None:
+            return ""
+        limit = f"the {bytes_text(self.device.memory)} of a {self.device.kind}"
+        if self.fits:
+            return f", of {limit}"
+        return (
+            f", MORE THAN {limit}: more devices (--mesh), --two-calls, a smaller --size or fewer "
+            "--frames take less"
+        )
 
 
 def make_plan(
-    found: Found, config: WanConfig, request: Request, attention: Attention, batched: bool,
+    found: Found,
+    config: WanConfig,
+    request: Request,
+    attention: Attention,
+    batched: bool,
     image: bool,
-) -> Plan:  # fmt: skip
+    placement: Sharding | None = None,
+    compare: Attention | None = None,
+) -> Plan:
     """Finds out what a run would take; reads no weights.
 
     Memory beside the weights is an estimate from the largest activations that a step holds at
     once; compilers reuse and fuse, and may need more or less.
+
+    Args:
+      found: the folder.
+      config: the model.
+      request: what to make.
+      attention: of the denoising steps.
+      batched: guidance in one call on a doubled batch.
+      image: whether there is one.
+      placement: on a mesh, which need not be there (`jax.sharding.AbstractMesh`); `None`: on one
+        device.
+      compare: attention of a second video, or `None`.
     """
-    grid = request.grid(config)
     parts = [part for part in found.parts if part != "image_encoder" or image]
-    files = {part: _files(found, part) for part in parts}
-    weights = {part: weight_bytes(config, part) for part in parts}
-    samples = len(request.prompt) * (2 if batched and request.guided else 1)
-    experts = dict.fromkeys(part for part, _ in request.experts(config))
-    memory = {"encoding the text": (weights["text_encoder"], _text_bytes(config))}
+    held = {part: weight_bytes(config, part, placement) for part in parts}
+    memory = {"encoding the text": (held["text_encoder"], text_bytes(config))}
     if image:
         if config.image is not None:
-            memory["encoding the image"] = weights["image_encoder"], 0
-        memory["encoding the first frame"] = weights["vae"], _vae_bytes(config, request, False)
-    states = state_bytes(config, request, attention, batched)
-    for part in experts:
-        step = _step_bytes(config, grid, samples) + states[part]
-        memory[f"denoising ({part})"] = weights[part], step
-    memory["decoding"] = weights["vae"], _vae_bytes(config, request, True)
-    flops = (
-        denoising_flops(config, request, attention), denoising_flops(config, request, vm.Dense())
-    )  # fmt: skip
+            memory["encoding the image"] = held["image_encoder"], 0
+        memory["encoding the first frame"] = (
+            held["vae"], vae_bytes(config, request, False, placement)
+        )  # fmt: skip
+    steps = _steps_bytes(config, request, batched, placement)
+    for part, states in _states_bytes(
+        config, request, attention, compare, batched, placement
+    ).items():
+        memory[f"denoising ({part})"] = held[part], steps[part] + states
+    memory["decoding"] = held["vae"], vae_bytes(config, request, True, placement)
+    kept = [
+        max(state_bytes(config, request, method, batched).values())
+        for method in (attention, compare)
+        if method is not None
+    ]
+    mesh = None if placement is None else placement.mesh
     return Plan(
-        f"{config.name} ({found.convention} layout, {config.transformer.dtype})",
-        files, weights, grid, _named(attention, request.steps, config), memory,
-        max(states.values()), flops,
-    )  # fmt: skip
-
-
-def weight_bytes(config: WanConfig, part: str) -> int:
-    """Bytes of a part's parameters as the pipeline loads them."""
-    dtype = jnp.float32 if part == "vae" else getattr(config, _FIELDS[part]).compute_dtype
-    return sum(
-        math.prod(entry.full_shape)
-        * (4 if matches(entry.diffusers, PARTS[part].float32) else jnp.dtype(dtype).itemsize)
-        for entry in part_entries(config, part)
+        model=f"{config.name} ({found.convention} layout, {config.transformer.dtype})",
+        files={part: _files(found, part) for part in parts},
+        weights={part: weight_bytes(config, part) for part in parts},
+        grid=request.grid(config),
+        attention=_named(attention, request.steps, config),
+        memory=memory,
+        states=max(kept),
+        flops=(
+            denoising_flops(config, request, attention),
+            denoising_flops(config, request, vm.Dense()),
+        ),
+        compared=None
+        if compare is None
+        else (str(compare), denoising_flops(config, request, compare)),
+        mesh=None if mesh is None else {a: n for a, n in mesh.shape.items() if n > 1},
+        devices=1 if mesh is None else mesh.size,
+        device=Device.here(),
     )
 
 
-_FIELDS = {
-    "transformer": "transformer",
-    "transformer_2": "transformer",
-    "text_encoder": "text",
-    "image_encoder": "image",
-}
+def _steps_bytes(
+    config: WanConfig, request: Request, batched: bool, placement: Sharding | None
+) -> dict[str, int]:
+    """Of each expert's calls, at most."""
+    most: dict[str, int] = {}
+    for part, guidance in request.experts(config):
+        _, batch = calls_of(request, guidance, batched)
+        size = step_bytes(config.transformer, request.grid(config), batch, placement)
+        most[part] = max(most.get(part, 0), size)
+    return most
+
+
+def _states_bytes(
+    config: WanConfig,
+    request: Request,
+    attention: Attention,
+    compare: Attention | None,
+    batched: bool,
+    placement: Sharding | None,
+) -> dict[str, int]:
+    """Of what attention remembers while each expert runs, on one device, at most."""
+    own = state_bytes(config, request, attention, batched, placement)
+    if compare is None:
+        return own
+    # the step of the certificate leaves the states before it as they are, and returns others
+    other = state_bytes(config, request, compare, batched, placement)
+    return {part: max(2 * size, other[part]) for part, size in own.items()}
 
 
 def denoising_flops(config: WanConfig, request: Request, attention: Attention) -> int:
@@ -188,26 +315,15 @@ def _files(found: Found, part: str) -> tuple[int, int]:
     return len(paths), sum(path.stat().st_size for path in paths)
 
 
-def _text_bytes(config: WanConfig) -> int:
-    text, length = config.text, config.transformer.text_length
-    # two texts: scores of all heads, and the two hidden arrays of the feed-forward part
-    return 2 * 4 * length * (text.heads * length + 2 * text.ffn_dim + 4 * text.dim)
+def _of(count: int, kind: str = "device") -> str:
+    if kind != "device":
+        return f"{count} x {kind}"
+    return "1 device" if count == 1 else f"{count} devices"
 
 
-def _step_bytes(config: WanConfig, grid: vm.VideoGrid, samples: int) -> int:
-    sizes = config.transformer
-    item = sizes.compute_dtype.itemsize
-    # what the step of the 1.3B model holds when it is compiled for a TPU v5e, dense or VMonarch:
-    # 46 bytes in bfloat16 for each token and channel
-    return samples * grid.tokens * sizes.dim * (19 * item + 8)
-
-
-def _vae_bytes(config: WanConfig, request: Request, decode: bool) -> int:
-    vae, (width, height) = config.vae, request.size
-    time = vae.strides[0]
-    channels = vae.decoder_dim if decode else vae.dim
-    pixels = width * height // vae.patch**2
-    # the frames of one latent frame at full size, in three arrays of the widest level there, with
-    # the two frames that each of its convolutions remembers, as compiled; and the video itself
-    level = 4 * pixels * 2 * channels * (3 * time + 2 * 2 * (vae.blocks + 1))
-    return level + 4 * 3 * width * height * request.frames
+def _time_text(seconds: float) -> str:
+    """`45 s`, `3.2 min` or `1.5 h`."""
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.2g} s"

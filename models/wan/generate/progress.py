@@ -47,7 +47,7 @@ class Denoising:
         self._known: set[Any] = set()
         self._rates: list[float] = []
         self._bar: Phase = phase(title, sum(self._flops), sum(self._flops[:done]))
-        self._bar.rate = 0.0
+        self._bar.rate = 0.0 if done < request.steps else 1.0
 
     def __enter__(self) -> Denoising:
         return self
@@ -73,6 +73,8 @@ class Denoising:
             self._bar.rate = statistics.median(self._rates[-_LAST:])
         self._known.add(program)
         self._done += 1
+        if self._done == len(self._flops):
+            self._bar.rate = 1.0  # whatever it is, nothing is left
         self._bar.update(flops)
 
 

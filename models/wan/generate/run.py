@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh
 from PIL import Image, UnidentifiedImageError
 
 import vmonarch_jax as vm
@@ -25,7 +26,7 @@ from ...demo.measure import likeness
 from ...demo.progress import phase
 from ..conditions import check_image, check_texts, fit_image, size_like
 from ..config import WanConfig
-from ..memory import after
+from ..memory import after, calls_of
 from ..pipeline import LoRAFile, Progress, WanPipeline, with_dtype
 from ..request import Request
 from ..sharding import AXES, Sharding, make_mesh
@@ -111,15 +112,15 @@ class _Ready:
 
 
 def plan(job: Job) -> Plan:
-    """What a job would take; reads no weights.
+    """What a job would take; reads no weights. The devices of its mesh need not be there.
 
     Raises:
       ValueError: something about it is wrong.
     """
-    ready = _check(job)
+    ready = _check(job, there=False)
     return make_plan(
         ready.found, ready.config, ready.request, job.attention, job.batched,
-        ready.image is not None,
+        ready.image is not None, ready.pipeline.placement, job.compare,
     )  # fmt: skip
 
 
@@ -225,8 +226,11 @@ def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: 
     return latents, certificate
 
 
-def _check(job: Job) -> _Ready:
-    """Finds every mistake that can be found without reading weights."""
+def _check(job: Job, there: bool = True) -> _Ready:
+    """Finds every mistake that can be found without reading weights.
+
+    Unless they must be `there`, the devices of a mesh may be others than this machine's.
+    """
     found = detect(job.weights)
     config = with_dtype(found.config, job.dtype)
     found = dataclasses.replace(found, config=config)
@@ -243,9 +247,9 @@ def _check(job: Job) -> _Ready:
     _check_attention(job, request, config)
     pixels = (None if image is None else fit_image(image, request.size) for image in images)
     _check_out(job.out)
-    placement = None if job.mesh is None else _placement(job.mesh)
+    placement = None if job.mesh is None else _placement(job.mesh, there)
     if placement is not None:
-        _check_placement(placement, found)
+        _check_placement(placement, found, request, job.batched)
     pipeline = WanPipeline.open(found, job.dtype, placement, job.lora)
     texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
     check_texts(pipeline.tokenizer, texts)
@@ -274,18 +278,29 @@ def _check_out(out: pathlib.Path) -> None:
         raise ValueError(f"expected --out in a folder that can be written to, got {there}")
 
 
-def _placement(sizes: Mapping[str, int]) -> Sharding:
-    data, fsdp, context, tensor = (sizes.get(axis, 1) for axis in AXES)
-    return Sharding(make_mesh(data, fsdp, context, tensor))
+def _placement(sizes: Mapping[str, int], there: bool) -> Sharding:
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if not there and min(shape) > 0:
+        mesh: Any = AbstractMesh(shape, AXES)
+        return Sharding(mesh)
+    return Sharding(make_mesh(*shape))
 
 
-def _check_placement(placement: Sharding, found: Found) -> None:
+def _check_placement(placement: Sharding, found: Found, request: Request, batched: bool) -> None:
     heads = found.config.transformer.heads
     ways = placement.ways("heads") * placement.ways("seq")
     if heads % ways:
         raise ValueError(
             f"expected a mesh whose tensor * context divides {heads} heads, got {ways}"
         )
+    ways = placement.ways("batch")
+    for _, guidance in request.experts(found.config):
+        videos = calls_of(request, guidance, batched)[1]
+        if videos % ways:
+            raise ValueError(
+                f"expected a mesh whose data * fsdp divides the {videos} videos of a call "
+                f"(guidance in one call doubles them), got {ways}"
+            )
     for part in found.parts:
         placement.param_shardings(part_entries(found.config, part))
 

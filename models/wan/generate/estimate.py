@@ -1,0 +1,138 @@
+"""Bytes on one device of each part's weights and of what its work takes beside them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+
+import vmonarch_jax as vm
+
+from ..config import TransformerConfig, WanConfig
+from ..keys_transformer import transformer_entries
+from ..request import Request
+from ..sharding import Sharding
+from ..weights.configs import FIELDS
+from ..weights.entry import Entry
+from ..weights.parts import PARTS, matches, part_entries
+
+
+def weight_bytes(config: WanConfig, part: str, placement: Sharding | None = None) -> int:
+    """Bytes of a part's parameters as the pipeline loads them, on one device.
+
+    Args:
+      config: the model.
+      part: of it.
+      placement: where parameters lie on a mesh; `None`: all on one device.
+
+    Raises:
+      ValueError: an axis of a parameter does not divide.
+    """
+    dtype = jnp.float32 if part == "vae" else getattr(config, FIELDS[part]).compute_dtype
+    entries = part_entries(config, part)
+    where = {} if placement is None else placement.param_shardings(entries)
+
+    def held(entry: Entry) -> int:
+        shape = entry.full_shape
+        shape = where[entry.name].shard_shape(shape) if where else shape
+        float32 = matches(entry.diffusers, PARTS[part].float32)
+        return math.prod(shape) * (4 if float32 else jnp.dtype(dtype).itemsize)
+
+    return sum(map(held, entries))
+
+
+def step_bytes(
+    config: TransformerConfig, grid: vm.VideoGrid, batch: int, placement: Sharding | None = None
+) -> int:
+    """Bytes of what one call of the transformer holds at most, beside weights and memory.
+
+    An estimate by the arrays that are alive where most are: in a layer's attention or in its MLP.
+    Compilers reuse, fuse and copy, and may need more or less.
+
+    Args:
+      config: of the transformer.
+      grid: of its tokens.
+      batch: videos in the call.
+      placement: on a mesh; `None`: on one device.
+    """
+    ways = functools.partial(_ways, placement)
+    item = config.compute_dtype.itemsize
+    videos = -(-batch // ways("batch"))
+    tokens = -(-grid.tokens // ways("seq"))
+    stream = videos * tokens * config.dim * item
+    attention = stream + _attention_bytes(
+        videos, grid.tokens, config.heads // (ways("heads") * ways("seq")), config.head_dim, item
+    )
+    # beside the residual stream: the hidden layer and what it is mapped to
+    mlp = 2 * stream + videos * tokens * config.ffn_dim * item // ways("mlp")
+    # cosine and sine of each token's angles, float32
+    rope = 2 * tokens * config.head_dim * 4
+    text = videos * config.text_length * (config.dim + config.text_dim) * item
+    latents = 2 * videos * grid.tokens * math.prod(config.patch) * config.out_channels * 4
+    gathered = _gathered_bytes(config, item, placement)
+    return max(attention, mlp) + rope + text + latents + gathered
+
+
+def _attention_bytes(videos: int, tokens: int, heads: int, head_dim: int, item: int) -> int:
+    """Of what self-attention holds of its share of the heads, all tokens of them.
+
+    Beside q, k, v it makes heads-major copies and linear blocks, five arrays of their size, of all
+    heads at once or, where these are large, of a tenth of them at a time beside the output.
+    """
+    one = videos * tokens * heads * head_dim * item
+    budget = vm.BlockSizes().bytes()
+    if one <= budget:
+        return 8 * one
+    few = one // videos if one // videos <= budget else one // 10
+    return 4 * one + 5 * few
+
+
+def _gathered_bytes(config: TransformerConfig, item: int, placement: Sharding | None) -> int:
+    """Of the parameters of one layer that are stored in parts, as they are used."""
+    if placement is None or placement.ways("embed", "params") == 1:
+        return 0
+    kernels: Iterable[Entry] = (
+        entry for entry in transformer_entries(config) if entry.layers and len(entry.shape) > 1
+    )
+    return sum(
+        math.prod(entry.shape) // math.prod(map(placement.ways, entry.logical[1:])) * item
+        for entry in kernels
+    )
+
+
+def text_bytes(config: WanConfig) -> int:
+    """Bytes of what encoding two texts takes beside the weights."""
+    text, length = config.text, config.transformer.text_length
+    # scores of all heads, and the two hidden arrays of the feed-forward part, in float32
+    return 2 * 4 * length * (text.heads * length + 2 * text.ffn_dim + 4 * text.dim)
+
+
+def vae_bytes(
+    config: WanConfig, request: Request, decode: bool, placement: Sharding | None = None
+) -> int:
+    """Bytes of what the autoencoder takes for one video beside its weights, on one device.
+
+    Args:
+      config: the model.
+      request: the video.
+      decode: whether it is decoded; else encoded.
+      placement: on a mesh, whose devices share in the pictures; `None`: on one device.
+    """
+    vae, (width, height) = config.vae, request.size
+    time, *strides = vae.strides
+    channels = vae.decoder_dim if decode else vae.dim
+    rows, columns = (
+        -(-size // (stride * _ways(placement, name))) * stride
+        for name, size, stride in zip(("rows", "columns"), (height, width), strides, strict=True)
+    )
+    pixels = rows * columns // vae.patch**2
+    # the frames of one latent frame at full size, in three arrays of the widest level there, with
+    # the two frames that each of its convolutions remembers, as compiled; and the video itself
+    level = 4 * pixels * 2 * channels * (3 * time + 2 * 2 * (vae.blocks + 1))
+    return level + 4 * 3 * rows * columns * request.frames
+
+
+def _ways(placement: Sharding | None, name: str, of: str = "activations") -> int:
+    return 1 if placement is None else placement.ways(name, of)
