@@ -30,7 +30,7 @@ from ..conditions import (
 from ..config import VAEConfig
 from ..tokenizer import WanTokenizer
 from ..weights.detect import Found
-from ..weights.load import load_part
+from ..weights.load import check_files, load_part
 from ..weights.stored import Stored, write_safetensors
 from .data import Clip, check_clips, content_hash, read_clip
 
@@ -105,7 +105,8 @@ class ClipCache:
       text_dtype: of the text states.
 
     Raises:
-      ValueError: the model can't make that size, or a caption is too long.
+      ValueError: the model can't make that size, a caption is too long, or files of the parts that
+        encode are missing or damaged.
 
     Example:
       cache = ClipCache(detect(weights), find_clips("videos"), settings, pathlib.Path("cache"))
@@ -125,7 +126,8 @@ class ClipCache:
         config = found.config
         width, height = settings.size
         config.grid_of(settings.frames, height, width)
-        found.require("vae", "text_encoder", "tokenizer", *(["image_encoder"] * self._sees_image))
+        images = ["image_encoder"] if self._sees_image else []
+        check_files(found, "vae", "text_encoder", "tokenizer", *images)
         self.tokenizer = WanTokenizer.load(found.tokenizer or "", config.transformer.text_length)
         check_texts(self.tokenizer, [clip.caption for clip in self.clips])
         vae = _key(dataclasses.asdict(config.vae)), fingerprint(found.parts["vae"])

@@ -20,7 +20,7 @@ from ..linear_branch import BRANCH, add_linear_branches
 from ..sharding import Sharding
 from ..transformer import Methods, WanTransformer
 from ..weights.detect import Found
-from ..weights.load import load_part
+from ..weights.load import check_files, load_part
 from ..weights.parts import PARTS, abstract_part, matches, part_entries
 from .adapters import LoRA, adapt, chosen_projections, split_adapters
 from .loss import error_sum, noised, times_of
@@ -85,7 +85,7 @@ def check_tuning(found: Found, tuning: Tuning) -> None:
     expected = ["transformer", *(["transformer_2"] if config.boundary is not None else [])]
     if tuning.part not in expected:
         raise ValueError(f"{config.name}: expected a part of {expected}, got {tuning.part!r}")
-    found.require(tuning.part)
+    check_files(found, tuning.part)
     if not 0 <= tuning.first_frame_share <= 1:
         raise ValueError(f"expected first_frame_share in [0, 1], got {tuning.first_frame_share}")
     if tuning.first_frame_share and not config.first_frame:

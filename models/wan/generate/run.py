@@ -317,8 +317,8 @@ def _partial_folder(out: pathlib.Path) -> pathlib.Path:
 
 def _read_image(path: pathlib.Path) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
         return image
     except FileNotFoundError as error:
         raise ValueError(f"{path}: expected an image, got no such file") from error

@@ -69,16 +69,17 @@ def load_part(
     return split_params(abstract_part(found.config, part))[0](params)
 
 
-def check_files(found: Found) -> None:
-    """Raises `ValueError` if the files of any part that a video takes can't be loaded.
+def check_files(found: Found, *parts: str) -> None:
+    """Raises `ValueError` if parts ("tokenizer" too) can't be loaded; none named: a video's parts.
 
-    That is what `load_part` would find when the part's turn comes: a part or the tokenizer is not
-    there, a file is cut short, keys are missing, unexpected or misshapen. Headers alone are read;
-    of our own folders ("orbax"), which are written whole or not at all, nothing is.
+    That is what `load_part` would find when the part's turn comes: a part is not there, a file is
+    cut short, keys are missing, unexpected or misshapen. Headers alone are read; of our own folders
+    ("orbax"), which are written whole or not at all, nothing is.
     """
-    found.require(*found.required)
+    parts = parts or found.required
+    found.require(*parts)
     if found.convention != "orbax":
-        for part in (part for part in found.required if part in PARTS):
+        for part in (part for part in parts if part in PARTS):
             _checked(found, part)
 
 
