@@ -60,12 +60,16 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program: its kernels, its HLO text and its memory."""
+    """A compiled program: its kernels, its HLO text and its memory.
+
+    `estimated` is the program once more, with what the compiler thinks that each operation costs.
+    """
 
     kernels: tuple[Schedule, ...]
     launches: tuple[Any, ...]
     hlo: str
     memory: Any
+    estimated: str
 
 
 class Compiler:
@@ -122,6 +126,7 @@ class Compiler:
             tuple(launches),
             self._text(compiled),
             compiled.memory_analysis(),
+            self._dumped("after_codegen"),
         )
 
     def _text(self, compiled: Any) -> str:
@@ -131,8 +136,11 @@ class Compiler:
         try:
             return compiled.as_text() or ""
         except jax.errors.JaxRuntimeError:
-            (path,) = glob.glob(f"{self._hlo.name}/*.jit_fresh.*after_optimizations.txt")
-            return Path(path).read_text()
+            return self._dumped("after_optimizations")
+
+    def _dumped(self, stage: str) -> str:
+        (path,) = glob.glob(f"{self._hlo.name}/*.jit_fresh.*{stage}.txt")
+        return Path(path).read_text()
 
     def _schedules(self) -> list[Schedule]:
         found = []

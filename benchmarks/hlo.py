@@ -89,10 +89,9 @@ def _run(name: str, computations: dict[str, dict[str, _Line]], runs: int) -> Ite
     lines = computations.get(name, {})
     for line in lines.values():
         if line.kind == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.text)
             body = re.search(r"body=%?([\w.\-]+)", line.text)
             if body:
-                yield from _run(body[1], computations, runs * (int(trips[1]) if trips else 1))
+                yield from _run(body[1], computations, runs * _trips(line, computations))
         elif line.kind in ("call", "conditional"):
             for called in re.findall(r"(?:to_apply|_computation)=%?([\w.\-]+)", line.text):
                 yield from _run(called, computations, runs)
@@ -112,6 +111,20 @@ def _run(name: str, computations: dict[str, dict[str, _Line]], runs: int) -> Ite
             estimate = [int(n[1]) if kernel and n else 0 for n in told]
             name = source[1] if source else ""
             yield Operation(line.name, kind, moved, runs, name, shape, *estimate)
+
+
+def _trips(loop: _Line, computations: dict[str, dict[str, _Line]]) -> int:
+    """How often a loop turns: as the compiler says, or up to the number that it counts to."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+    lines = computations.get(condition[1], {}) if condition else {}
+    root = next((x for x in lines.values() if x.root), None)
+    if root is None or root.kind != "compare" or "direction=LT" not in root.text:
+        return 1
+    counts = [re.match(r".* constant\((\d+)\)", lines[name].text) for name in root.operands[1:]]
+    return int(counts[0][1]) if counts and counts[0] else 1
 
 
 def _moved(line: _Line, lines: dict[str, _Line], computations: dict) -> int:

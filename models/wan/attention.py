@@ -64,7 +64,8 @@ class SelfAttention(_Projections):
         # Norm and turn are float32, each rounded once, as in Diffusers.
         q, k = (a.astype(x.dtype) for a in (self.q_norm(self.q(x)), self.k_norm(self.k(x))))
         v = self.v(x)
-        turned = (rotate(a, *rope).astype(x.dtype) for a in (q, k))
+        with jax.named_scope("rotation"):
+            turned = [rotate(a, *rope).astype(x.dtype) for a in (q, k)]
         heads = (place.constrain(a, "batch", "heads", "seq", None) for a in (*turned, v))
         # Methods take token-major arrays and turn them heads-major: XLA cancels both turns.
         out, memory = attend(*(a.swapaxes(1, 2) for a in heads))

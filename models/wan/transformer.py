@@ -63,16 +63,20 @@ class Block(nnx.Module):
         `branch` says whether this layer has the linear branch of the stack; `None`: it has.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(shared, self.modulation, x.shape[1])
-        h = _modulated(x, shift1, scale1, self.eps)
-        h, memory = self.attn(h, rope, attend, place, branch)
-        x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate1).astype(x.dtype)
+        # Profiles name the three parts.
+        with jax.named_scope("self_attention"):
+            h = _modulated(x, shift1, scale1, self.eps)
+            h, memory = self.attn(h, rope, attend, place, branch)
+            x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate1).astype(x.dtype)
         x = place.constrain(x, "batch", "seq", None)
-        x = x + self.cross(self.cross_norm(x).astype(x.dtype), text, image, place)
+        with jax.named_scope("cross_attention"):
+            x = x + self.cross(self.cross_norm(x).astype(x.dtype), text, image, place)
         x = place.constrain(x, "batch", "seq", None)
-        h = _modulated(x, shift2, scale2, self.eps)
-        h = jax.nn.gelu(self.mlp_in(h), approximate=True)
-        h = self.mlp_out(place.constrain(h, "batch", "seq", "mlp"))
-        x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate2).astype(x.dtype)
+        with jax.named_scope("feed_forward"):
+            h = _modulated(x, shift2, scale2, self.eps)
+            h = jax.nn.gelu(self.mlp_in(h), approximate=True)
+            h = self.mlp_out(place.constrain(h, "batch", "seq", "mlp"))
+            x = (x.astype(jnp.float32) + h.astype(jnp.float32) * gate2).astype(x.dtype)
         return place.constrain(x, "batch", "seq", None), memory
 
     def branch_gate(

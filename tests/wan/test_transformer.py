@@ -17,7 +17,7 @@ from vmonarch_jax.models.wan.embeddings import rope_tables, rotate, time_feature
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.presets import MODELS
 from vmonarch_jax.models.wan.transformer import WanTransformer
-from vmonarch_jax.models.wan.transformer_layers import OneDevice
+from vmonarch_jax.models.wan.transformer_layers import OneDevice, layer_norm
 from wan_transformer_cases import CASES, inputs_of, params_of, relative_error, stored_weights
 
 import vmonarch_jax as vm
@@ -310,6 +310,19 @@ def test_partners_of_pairs_are_exact_either_way(dtype):
     for partner in (embeddings.partner_by_product, embeddings.partner_by_shift):
         assert partner(x).dtype == jnp.float32
         np.testing.assert_array_equal(partner(x), expected)
+
+
+def test_layer_norm_of_rows_far_from_zero():
+    draw = np.random.RandomState(0)
+    means = np.array([[0], [1], [-10], [30]])
+    x = (draw.standard_normal((4, 1536)) + means).astype(np.float32)
+    x[1] = 3.5  # no variance at all
+    wide = x.astype(np.float64)
+    mean, variance = wide.mean(-1, keepdims=True), wide.var(-1, keepdims=True)
+    expected = (wide - mean) / np.sqrt(variance + 1e-6)
+    np.testing.assert_allclose(layer_norm(x, 1e-6), expected, atol=2e-3)
+    # a mean within the spread, as residual streams have it, costs no digit
+    np.testing.assert_allclose(layer_norm(x[:1], 1e-6), expected[:1], atol=3e-6)
 
 
 def test_time_features_are_cosines_then_sines():
