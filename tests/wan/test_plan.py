@@ -12,7 +12,12 @@ from jax.sharding import AbstractMesh
 from vmonarch_jax.models import cli
 from vmonarch_jax.models.wan import presets
 from vmonarch_jax.models.wan.generate import plan
-from vmonarch_jax.models.wan.generate.estimate import step_bytes, vae_bytes, weight_bytes
+from vmonarch_jax.models.wan.generate.estimate import (
+    step_bytes,
+    text_bytes,
+    vae_bytes,
+    weight_bytes,
+)
 from vmonarch_jax.models.wan.linear_branch import with_linear_layers
 from vmonarch_jax.models.wan.memory import state_bytes
 from vmonarch_jax.models.wan.request import Request
@@ -32,17 +37,35 @@ def on(**sizes):
     return Sharding(AbstractMesh(shape, AXES)) if sizes else None
 
 
-def recorded():
-    """Calls of the transformers that fit, of the record's present form: figures by name."""
+def recorded(*parts):
+    """What was compiled of some parts and fits, by name; of transformers calls, not tuning."""
     cases = json.loads(RECORD.read_text())["cases"]
     return {
         name: case for name, case in cases.items()
-        if case["part"] in MODELS and case["fits"] and case.get("tuned") == ""
+        if case["part"] in parts and case["fits"] and not case.get("tuned")
     }  # fmt: skip
 
 
-def test_estimate_is_near_what_is_compiled():
-    cases, off = recorded(), {}
+def beside_weights(case):
+    return sum(case[part] for part in ("inputs", "outputs", "temporaries"))
+
+
+def test_estimate_of_encoding_and_decoding_is_near_what_is_compiled():
+    config = MODELS["1.3B"]
+    (text,) = recorded("text").values()
+    assert text_bytes(config) == pytest.approx(beside_weights(text), rel=0.3)
+    videos = recorded("vae").values()
+    assert len(videos) >= 2
+    for case in (case for case in videos if not case["mesh"]):
+        frames, height, width = SIZES[case["size"]]
+        request = Request.of(config, prompt="a cat", size=(width, height), frames=frames)
+        assert vae_bytes(config, request, True) == pytest.approx(beside_weights(case), rel=0.3)
+
+
+def test_estimate_of_a_step_is_near_what_is_compiled():
+    # entries without the field are of an earlier transformer
+    cases = {name: case for name, case in recorded(*MODELS).items() if "tuned" in case}
+    off = {}
     if not cases:
         pytest.skip("the record is of an earlier transformer")
     for name, case in cases.items():
@@ -55,7 +78,7 @@ def test_estimate_is_near_what_is_compiled():
         assert case["weights"] <= weights < 1.01 * case["weights"], name
         grid = config.grid_of(*SIZES[case["size"]])
         estimate = weights + step_bytes(config.transformer, grid, case["batch"], placement)
-        taken = sum(case[part] for part in ("weights", "inputs", "outputs", "temporaries"))
+        taken = case["weights"] + beside_weights(case)
         if abs(estimate - taken) > 0.3 * taken:
             off[name] = f"estimate {estimate / 2**30:.2f} GiB, compiled {taken / 2**30:.2f}"
     assert off == {}

@@ -122,16 +122,20 @@ def vae_bytes(
     """
     vae, (width, height) = config.vae, request.size
     time, *strides = vae.strides
-    channels = vae.decoder_dim if decode else vae.dim
     rows, columns = (
         -(-size // (stride * _ways(placement, name))) * stride
         for name, size, stride in zip(("rows", "columns"), (height, width), strides, strict=True)
     )
-    pixels = rows * columns // vae.patch**2
-    # the frames of one latent frame at full size, in three arrays of the widest level there, with
-    # the two frames that each of its convolutions remembers, as compiled; and the video itself
-    level = 4 * pixels * 2 * channels * (3 * time + 2 * 2 * (vae.blocks + 1))
-    return level + 4 * 3 * rows * columns * request.frames
+    pixels, frames, largest, remembered = rows * columns // vae.patch**2, time, 0, 0
+    for level, multiple in enumerate(vae.multipliers):
+        channels = multiple * (vae.decoder_dim if decode else vae.dim)
+        largest = max(largest, frames * pixels * channels)
+        # two frames of each convolution, of which a block has two
+        remembered += 2 * 2 * (vae.blocks + decode) * pixels * channels
+        if level < len(vae.halve_time):
+            pixels, frames = pixels // 4, frames // (2 if vae.halve_time[level] else 1)
+    # as compiled: a convolution's input in two layouts, its output, what is added to it; the video
+    return 4 * (4 * largest + remembered + 3 * rows * columns * request.frames)
 
 
 def _ways(placement: Sharding | None, name: str, of: str = "activations") -> int:
