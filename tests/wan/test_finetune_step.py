@@ -22,6 +22,7 @@ from vmonarch_jax.models.wan.finetune.prepare import (
     prepare,
     train_config,
 )
+from vmonarch_jax.models.wan.generate.plan import Device
 from vmonarch_jax.models.wan.presets import MODELS
 from vmonarch_jax.models.wan.sharding import AXES, Sharding
 from vmonarch_jax.models.wan.weights.detect import detect
@@ -157,6 +158,8 @@ def test_dry_run_says_what_a_step_takes(places, tmp_path, capsys):
         assert line in one
     assert "a step: 2 videos, 1 at a time" in said("--batch-size", "2", "--accumulate", "2")
     assert "trained: all weights" in said("--full")
+    mesh = said("--mesh", "fsdp=2", "--batch-size", "2")
+    assert "2 videos, 2 at a time, on 2 devices" in mesh, "which this machine need not have"
     assert not (tmp_path / "run").exists()
     assert not (places / "cache").exists()
     wrong = [*common, "--batch-size", "2", "--accumulate", "3"]
@@ -181,3 +184,12 @@ def test_flops_count_what_is_computed_again():
     assert counted["full"] - counted["none"] == forward
     thin = step_flops(config, dataclasses.replace(how, lora=LoRA()), methods, grid)
     assert counted["none"] - thin == forward - attention
+
+
+@pytest.mark.parametrize(("memory", "said"), [(1 << 40, ", of the"), (1 << 10, "MORE THAN")])
+def test_plan_says_whether_a_device_has_the_memory(places, memory, said):
+    plan = make_tuning_plan(cache_of(places), train_config(), KINDS["lora"])
+    plan = dataclasses.replace(plan, device=Device("TPU v5e", memory, 197e12))
+    assert plan.fits == (memory > plan.peak)
+    assert f"{said} {'the ' * (said == 'MORE THAN')}1" in str(plan)
+    assert "at the peak rate of TPU v5e a step takes" in str(plan)

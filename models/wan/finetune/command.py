@@ -10,7 +10,8 @@ from ... import cli_options as options
 from ...flow import FlowConfig
 from ...step import SCHEDULES, TrainConfig
 from ..config import WanConfig
-from ..sharding import AXES, Sharding, make_mesh
+from ..generate.run import placement_of
+from ..sharding import AXES, Sharding
 from ..weights.detect import Found, detect
 from .adapters import LoRA
 from .cache import ClipCache, ClipSettings
@@ -70,7 +71,8 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--dry-run", action="store_true", default=None,
-        help="say what would be loaded, the memory and the FLOPs of a step",
+        help="say what would be loaded, the memory and the FLOPs of a step; the devices of --mesh "
+        "need not be there",
     )  # fmt: skip
     group.add_argument(
         "--no-linear-branch", action="store_true", default=None,
@@ -136,7 +138,10 @@ def run_wan(args: argparse.Namespace) -> None:
     config = _train_config(args, model.shift)
     check_tuning(found, tuning)
     cache = clip_cache(args, found, tuning.dtype, args.out / "cache")
-    sharding, parts = mesh_of(args), 1 if args.accumulate is None else args.accumulate
+    sharding, parts = (
+        mesh_of(args, there=not args.dry_run),
+        1 if args.accumulate is None else args.accumulate,
+    )
     if args.dry_run:
         print(make_tuning_plan(cache, config, tuning, sharding, parts))
         return
@@ -188,9 +193,9 @@ def first_frame_share(args: argparse.Namespace, model: WanConfig) -> float:
     return (_FIRST_FRAME_SHARE if model.first_frame else 0.0) if given is None else given
 
 
-def mesh_of(args: argparse.Namespace) -> Sharding | None:
-    """What `--mesh` says, or `None`: one device."""
-    return None if args.mesh is None else Sharding(make_mesh(**args.mesh))
+def mesh_of(args: argparse.Namespace, there: bool = True) -> Sharding | None:
+    """What `--mesh` says, or `None`: one device. To reckon with it, it need not be `there`."""
+    return None if args.mesh is None else placement_of(args.mesh, there)
 
 
 def _tuning(args: argparse.Namespace, model: WanConfig) -> Tuning:

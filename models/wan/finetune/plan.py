@@ -16,7 +16,8 @@ from vmonarch_jax.units import bytes_text
 from ...params import Params
 from ...step import TrainConfig, abstract_state
 from ..config import WanConfig
-from ..generate.plan import weight_bytes
+from ..generate.estimate import weight_bytes
+from ..generate.plan import Device
 from ..sharding import Sharding
 from ..transformer import Methods
 from .cache import ClipCache, ClipSettings
@@ -46,6 +47,7 @@ class TuningPlan:
         the cache.
       memory: bytes of one device in a step, by what they are for (`step_memory`).
       flops: matmul FLOPs of a step, and of one under dense attention.
+      device: each of them.
     """
 
     model: str
@@ -60,6 +62,17 @@ class TuningPlan:
     encoders: dict[str, int]
     memory: dict[str, int]
     flops: tuple[int, int]
+    device: Device
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a step on one device."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has memory for a step; `None`: not known."""
+        return None if self.device.memory is None else self.peak <= self.device.memory
 
     def __str__(self) -> str:
         (clips, missing), (videos, at_a_time) = self.clips, self.batch
@@ -81,11 +94,28 @@ class TuningPlan:
                 for part, n in self.encoders.items()
             ),
             *(f"memory of {what}: {bytes_text(n)}" for what, n in self.memory.items()),
-            f"memory of a device in all: about {bytes_text(sum(self.memory.values()))}",
+            f"memory of a device in all: about {bytes_text(self.peak)}{self._against_limit()}",
             f"FLOPs of a step: about {total / 1e12:,.4g} TFLOPs in matmuls ({less})",
             f"{self.steps:,} steps: about {self.steps * total / 1e15:,.4g} PFLOPs",
         ]
+        if self.device.peak is not None:
+            least = total / (self.device.peak * self.devices)
+            lines.append(
+                f"at the peak rate of {self.device.kind} a step takes {least:.2g} s, and no run is "
+                "that fast"
+            )
         return "\n".join(lines)
+
+    def _against_limit(self) -> str:
+        if self.fits is None or self.device.memory is None:
+            return ""
+        limit = f"the {bytes_text(self.device.memory)} of a {self.device.kind}"
+        if self.fits:
+            return f", of {limit}"
+        return (
+            f", MORE THAN {limit}: more devices (--mesh), fewer videos at a time (--accumulate), a "
+            "smaller --size or fewer --frames take less"
+        )
 
 
 def make_tuning_plan(
@@ -130,6 +160,7 @@ def make_tuning_plan(
         {part: weight_bytes(found.config, part) for part, items in needed.items() if items},
         step_memory(found.config, config, tuning, grid, sharding, parts),
         (flops(tuning.attention), flops(vm.Dense())),
+        Device.here(),
     )
 
 

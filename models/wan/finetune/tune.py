@@ -110,7 +110,7 @@ def tune(
         "part": tuning.part,
     }
 
-    def export(state: TrainState) -> None:
+    def write(state: TrainState) -> pathlib.Path:
         if tuning.lora is not None:
             deltas = deltas_of(state.averaged)
             partial = folder / f".{LORA_FILE}.partial.safetensors"
@@ -121,15 +121,20 @@ def tune(
             }
             save_lora(partial, deltas, entries, tuning.lora.scale, metadata=note, whole=whole)
             os.replace(partial, folder / LORA_FILE)
+            return folder / LORA_FILE
+        save_model(folder / MODEL_FOLDER, tuned, tuning.part, state.averaged)
+        return folder / MODEL_FOLDER
+
+    def export(state: TrainState) -> None:
+        if tuning.lora is not None:  # whole models are large: only the last one
+            write(state)
         if on_checkpoint:
             on_checkpoint(state)
 
     inputs = (frozen, jnp.asarray(source.empty_text()))
     state = run_steps(folder, config, state, step, data, export, inputs=inputs, progress=progress)
-    if tuning.lora is not None:
-        return folder / LORA_FILE
-    save_model(folder / MODEL_FOLDER, tuned, tuning.part, state.averaged)
-    return folder / MODEL_FOLDER
+    # once more, because a run may have been killed between its last checkpoint and the file
+    return write(state)
 
 
 def check_run(

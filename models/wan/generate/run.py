@@ -247,7 +247,7 @@ def _check(job: Job, there: bool = True) -> _Ready:
     _check_attention(job, request, config)
     pixels = (None if image is None else fit_image(image, request.size) for image in images)
     _check_out(job.out)
-    placement = None if job.mesh is None else _placement(job.mesh, there)
+    placement = None if job.mesh is None else placement_of(job.mesh, there)
     if placement is not None:
         _check_placement(placement, found, request, job.batched)
     pipeline = WanPipeline.open(found, job.dtype, placement, job.lora)
@@ -278,7 +278,12 @@ def _check_out(out: pathlib.Path) -> None:
         raise ValueError(f"expected --out in a folder that can be written to, got {there}")
 
 
-def _placement(sizes: Mapping[str, int], there: bool) -> Sharding:
+def placement_of(sizes: Mapping[str, int], there: bool = True) -> Sharding:
+    """The mesh of these sizes, of devices that must be `there` or of none at all, to reckon with.
+
+    Raises:
+      ValueError: a size is below 1, or there are not so many devices.
+    """
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if not there and min(shape) > 0:
         mesh: Any = AbstractMesh(shape, AXES)
