@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).with_name("wan_memory.json")
-SIZES = {"480p": (81, 480, 832), "720p": (81, 720, 1280)}
-PARTS = ("1.3B", "14B", "text", "vae")
+SIZES = {"480p": (81, 480, 832), "704p": (121, 704, 1280), "720p": (81, 720, 1280)}
+# The autoencoders of Wan2.1 and Wan2.2.
+PICTURES = ("decoder-2.1", "encoder-2.1", "decoder-2.2", "encoder-2.2")
+PARTS = ("1.3B", "14B", "text", *PICTURES)
 # Devices of a chip: JAX sees the two cores of a 7x as two devices, each with half of the memory.
 CORES = {"v5e": 1, "v6e": 1, "7x": 2}
 TOPOLOGIES = {
@@ -39,7 +41,8 @@ class Case:
     """One compilation.
 
     Attributes:
-        part: "1.3B" or "14B", a transformer; "vae", the decoder; "text", the text encoder.
+        part: "1.3B" or "14B", a transformer; "text", the text encoder; of `PICTURES`: one direction
+            of an autoencoder.
         size: of the video.
         chip: kind of chip.
         chips: how many.
@@ -100,8 +103,13 @@ def cases() -> list[Case]:
     )
     others = [
         Case("text", "512", "v5e", 1, batch=2),
-        Case("vae", "480p", "v5e", 1),
-        Case("vae", "720p", "v5e", 1),
+        *(
+            Case(part, size, "v5e", 1)
+            for part in PICTURES
+            for size in ("480p", "720p" if part.endswith("2.1") else "704p")
+        ),
+        *(Case(part, "720p", "v5e", 4, mesh=(("context", 4),)) for part in PICTURES[:2]),
+        *(Case(part, "704p", "v5e", 4, mesh=(("context", 4),)) for part in PICTURES[2:]),
     ]
     steps = [
         Case(part, size, chip, chips, attention, batch, tuple(mesh.items()))
@@ -119,24 +127,22 @@ def cases() -> list[Case]:
 def tuning_cases() -> list[Case]:
     """Steps of tuning at 480p; the batch is that of one part, whatever is accumulated."""
     # Model, what is tuned, chip, chips, batch, mesh, methods.
-    both = ("vmonarch", "dense")
+    ours, both = ("vmonarch",), ("vmonarch", "dense")
     places = (
         ("1.3B", "lora", "v5e", 1, 1, {}, (*both, "salad")),
-        ("1.3B", "lora", "v5e", 1, 2, {}, both[:1]),
-        ("1.3B", "lora", "v6e", 1, 1, {}, both),
-        ("1.3B", "lora", "7x", 1, 1, {"context": 2}, both),
-        ("1.3B", "lora", "v5e", 4, 1, {"context": 4}, both),
-        ("1.3B", "lora", "v5e", 8, 2, {"fsdp": 2, "context": 4}, both),
-        ("1.3B", "full", "v6e", 1, 1, {}, both),
-        ("1.3B", "full", "v5e", 4, 1, {"context": 4}, both),
-        ("1.3B", "full", "v6e", 4, 4, {"fsdp": 4}, both[:1]),
-        ("1.3B", "full", "v5e", 8, 2, {"fsdp": 2, "context": 4}, both[:1]),
-        ("14B", "lora", "v5e", 8, 1, {"context": 8}, both),
-        ("14B", "lora", "v6e", 4, 1, {"context": 4}, both),
+        ("1.3B", "lora", "v5e", 1, 2, {}, ours),
+        ("1.3B", "lora", "v5e", 4, 1, {"context": 4}, ours),
+        ("1.3B", "lora", "v5e", 8, 2, {"fsdp": 2, "context": 4}, ours),
+        ("1.3B", "lora", "v6e", 1, 1, {}, ours),
+        ("1.3B", "lora", "7x", 1, 1, {"context": 2}, ours),
+        ("1.3B", "full", "v6e", 1, 1, {}, ours),
+        ("1.3B", "full", "v5e", 4, 1, {"context": 4}, ours),
+        ("14B", "lora", "v5e", 4, 1, {"context": 4}, ours),
+        ("14B", "lora", "v5e", 8, 1, {"context": 8}, ours),
+        ("14B", "lora", "v6e", 4, 1, {"context": 4}, ours),
         ("14B", "lora", "v6e", 8, 2, {"fsdp": 2, "context": 4}, both),
-        ("14B", "lora", "v6e", 16, 4, {"fsdp": 4, "context": 4}, both[:1]),
-        ("14B", "lora", "7x", 1, 1, {"context": 2}, both[:1]),
-        ("14B", "full", "v6e", 16, 2, {"fsdp": 2, "context": 8}, both[:1]),
+        ("14B", "lora", "v6e", 16, 4, {"fsdp": 4, "context": 4}, ours),
+        ("14B", "full", "v6e", 16, 2, {"fsdp": 2, "context": 8}, ours),
     )
     return [
         Case(part, "480p", chip, chips, attention, batch, tuple(mesh.items()), tuned)
@@ -209,14 +215,14 @@ def measure(case: Case) -> dict[str, Any]:
     by_chips = TOPOLOGIES[case.chip]
     name = by_chips[max(case.chips, min(by_chips))]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    # The VAE and the text encoder run on one device.
-    devices = devices[: case.chips * CORES[case.chip] if case.attention else 1]
+    devices = devices[: case.chips * CORES[case.chip] if case.part != "text" else 1]
     sharding = Sharding(make_mesh(**dict(case.mesh), devices=devices))
     video = SIZES.get(case.size)
     if case.part == "text":
         step = wan_steps.text(case.batch, sharding)
-    elif case.part == "vae":
-        step = wan_steps.decoding(video, sharding)
+    elif case.part in PICTURES:
+        direction, version = case.part.split("-")
+        step = wan_steps.autoencoding(version, direction == "encoder", video, sharding)
     elif case.tuned:
         step = wan_steps.tuning(case.part, video, case.batch, case.attention, sharding, case.tuned)
     else:
@@ -225,8 +231,10 @@ def measure(case: Case) -> dict[str, Any]:
         function = jax.jit(step.function, donate_argnums=0 if case.tuned else ())
         lowered = function.trace(step.params, *step.inputs).lower()
     try:
-        # code for a training step takes the compiler minutes, and changes none of the sizes
-        placed = buffers.place(lowered, Path(dump.name)) if case.tuned else lowered.compile()
+        # code for a training step or an autoencoder takes the compiler minutes, and changes none of
+        # the sizes
+        short = case.tuned or case.part in PICTURES
+        placed = buffers.place(lowered, Path(dump.name)) if short else lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         message = str(error).splitlines()[0]
         needs = re.search(r"required for .* \(([\d.]+)G\) exceeds available HBM", message)
@@ -236,14 +244,16 @@ def measure(case: Case) -> dict[str, Any]:
         return {
             "fits": False, "weights": step.weights, "needs": float(needs[1]), "error": message,
         }  # fmt: skip
-    if case.tuned:
+    if short:
         sizes, hlo = placed
     else:
         sizes, hlo = _compiled(placed, Path(dump.name))
     kinds = collections.Counter(
         f"{c.kind} {' '.join(c.axes)}" for c in collectives.collectives(hlo, sharding.mesh)
     )
-    odd = collectives.unannounced(hlo, sharding, bool(case.tuned), step.unsplit)
+    odd = collectives.unannounced(
+        hlo, sharding, bool(case.tuned), step.unsplit, allowed=step.announced
+    )
     return {
         "fits": True,
         "weights": step.weights,
@@ -340,8 +350,10 @@ A step is one call of the transformer: 81 frames of 832x480 (480p: 32,760 tokens
 has batch 1 and takes the memory of that. Weights are split along fsdp and context and gathered a
 layer at a time; what is gathered is among the temporaries. The compiler has 15.75 GiB of a v5e,
 31.24 of a v6e and 94.74 of each device of a 7x. "text" is the text encoder (umT5-xxl in bfloat16,
-two prompts of 512 tokens), which is freed before the transformer comes; "vae" is the decoder of
-Wan2.1 in float32, a latent frame at a time, for all 81 frames.
+two prompts of 512 tokens), which is freed before the transformer comes. "decoder" and "encoder" are
+those of the autoencoders of Wan2.1 and Wan2.2, in float32, a latent frame at a time, for all 81
+frames (704p: 121 frames of 1280x704). Their sizes are those of the compiler's buffer assignment, as
+below; on 4 chips each holds a quarter of the columns.
 
 {table}
 
