@@ -12,7 +12,7 @@ import pytest
 from compiling import jit
 from flax import nnx
 from vmonarch_jax.models.params import split_params
-from vmonarch_jax.models.wan import embeddings
+from vmonarch_jax.models.wan import embeddings, transformer_layers
 from vmonarch_jax.models.wan.embeddings import rope_tables, rotate, time_features
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.presets import MODELS
@@ -323,6 +323,15 @@ def test_layer_norm_of_rows_far_from_zero():
     np.testing.assert_allclose(layer_norm(x, 1e-6), expected, atol=2e-3)
     # a mean within the spread, as residual streams have it, costs no digit
     np.testing.assert_allclose(layer_norm(x[:1], 1e-6), expected[:1], atol=3e-6)
+
+
+def test_heads_of_tokens_are_equal_either_way():
+    random = np.random.RandomState(0)
+    x, kernel = random.standard_normal((2, 3, 4)), random.standard_normal((4, 5, 6))
+    expected = np.einsum("znc,chd->zhnd", x, kernel)
+    for heads in (transformer_layers.by_heads, transformer_layers.by_tokens):
+        got = heads(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_time_features_are_cosines_then_sines():
