@@ -13,12 +13,21 @@ import types
 
 import numpy as np
 import torch
+import wan_encoder_cases as encoder
 import wan_transformer_cases as transformer
 import wan_vae_cases as vae
+from vmonarch_jax.models.wan.keys_clip import clip_entries
+from vmonarch_jax.models.wan.keys_text import text_entries
 from vmonarch_jax.models.wan.keys_transformer import transformer_entries
 from vmonarch_jax.models.wan.keys_vae import vae_entries
 
 GOLDENS = pathlib.Path(__file__).parent / "wan"
+# What the encoders' files import for what is not looked at here: tokenizers, CLIP's text half.
+UNUSED = {
+    "torchvision": (), "torchvision.transforms": (),
+    "wan.modules.tokenizers": ("HuggingfaceTokenizer",),
+    "wan.modules.xlm_roberta": ("XLMRoberta",),
+}  # fmt: skip
 
 
 def module(clone, name):
@@ -28,6 +37,11 @@ def module(clone, name):
     for package, folder in (("wan", "wan"), ("wan.modules", "wan/modules")):
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = [str(pathlib.Path(clone) / folder)]
+    for unused, names in UNUSED.items() if name in ("t5", "clip") else ():
+        sys.modules[unused] = types.ModuleType(unused)
+        for one in names:
+            setattr(sys.modules[unused], one, torch.nn.Module)
+    torch.cuda.current_device = lambda: 0  # a default argument asks for it
     return importlib.import_module(f"wan.modules.{name}")
 
 
@@ -42,13 +56,13 @@ def attend(q, k, v, q_lens=None, k_lens=None, **_):
 
 
 def original_state(entries, weights):
-    """Weights by Diffusers' keys as the original repository stores them."""
+    """Weights by Diffusers' keys as the original repository stores them, some of them in one."""
     state = {}
     for entry in entries:
         for ours, theirs in zip(entry.keys("diffusers"), entry.keys("original"), strict=True):
             value = entry.theirs(entry.ours(weights[ours]), "original")
-            state[theirs] = torch.from_numpy(np.array(value))
-    return state
+            state.setdefault(theirs, []).append(torch.from_numpy(np.array(value)))
+    return {key: torch.cat(pieces) if pieces[1:] else pieces[0] for key, pieces in state.items()}
 
 
 def channels_first(x):
@@ -110,6 +124,37 @@ def vae_outputs(clones, case):
     return [np.moveaxis(x.numpy(), 1, -1) for x in (made, video)]
 
 
+def text_states(clones, config, tokens, mask):
+    """What the original text encoder makes of some tokens, where these are no padding."""
+    net = module(clones[0], "t5").T5Encoder(
+        config.vocabulary, config.dim, config.heads * config.head_dim, config.ffn_dim,
+        config.heads, config.layers, config.buckets, shared_pos=False,
+    )  # fmt: skip
+    entries = text_entries(config)
+    net.load_state_dict(original_state(entries, encoder.stored_weights(entries)), strict=True)
+    for block in net.blocks:
+        block.pos_embedding.max_dist = config.max_distance
+    return net.eval()(torch.from_numpy(tokens), torch.from_numpy(mask)).numpy()
+
+
+def image_states(clones, config):
+    """What the original image encoder makes of the inputs of a case."""
+    clip = module(clones[0], "clip")
+    clip.flash_attention = attend
+    net = clip.VisionTransformer(
+        config.size, config.patch, config.dim, (config.ffn_dim + 0.5) / config.dim, 8,
+        config.heads, config.layers, activation=config.activation, norm_eps=config.eps,
+    )  # fmt: skip
+    entries = clip_entries(config)
+    state = original_state(entries, encoder.stored_weights(entries))
+    state = {key.removeprefix("visual."): value for key, value in state.items()}
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    unused = "head", "post_norm.", f"transformer.{config.layers - 1}."
+    if unexpected or not all(key.startswith(unused) for key in missing):
+        raise ValueError(f"expected the original's keys, got {unexpected}, without {missing}")
+    return net.eval()(channels_first(encoder.image_inputs(config)), use_31_block=True).numpy()
+
+
 @torch.no_grad()
 def main():
     """Prints the relative error of each case; raises if one is above 1e-5."""
@@ -125,6 +170,15 @@ def main():
                 errors[f"autoencoder, {name}, {what}"] = vae.relative_error(
                     got, stored[f"{name}.{what}"]
                 )
+    stored = np.load(GOLDENS / "text.npz")
+    for name, config in encoder.TEXTS.items():
+        tokens, mask = encoder.text_inputs(name)
+        got, real = text_states(clones, config, tokens, mask), mask.astype(bool)
+        errors[f"text encoder, {name}"] = encoder.relative_error(got[real], stored[name][real])
+    stored = np.load(GOLDENS / "clip.npz")
+    for name, config in encoder.IMAGES.items():
+        got = image_states(clones, config)
+        errors[f"image encoder, {name}"] = encoder.relative_error(got, stored[name])
     for name, error in errors.items():
         print(f"{name}: relative error {error:.1e}")
     if max(errors.values()) > 1e-5:
