@@ -35,7 +35,7 @@ test: setup ## lint, types, and the fast tests; runs them all before it fails
 test-slow: setup ## the tests that `make test` leaves out
 	$(TEST_ENV) $(RUN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
-test-newest: ## the fast tests on the newest JAX, under the newest Python here
+test-newest: ## the fast tests on the newest JAX and Python here; CASES=part: fewer cases of each
 	@newest=$$(./scripts/find_python.sh newest 2>/dev/null) || { \
 	    echo "test-newest: skipped, no Python 3.12 or newer here (JAX after 0.10 needs it)"; exit 0; }; \
 	"$$newest" scripts/setup_env.py $(VENV_NEWEST) && \
