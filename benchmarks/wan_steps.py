@@ -12,6 +12,7 @@ from vmonarch_jax.models.flow import FlowConfig
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.step import abstract_state, make_update
 from vmonarch_jax.models.wan import presets
+from vmonarch_jax.models.wan.collectives import Announced, announced_pictures
 from vmonarch_jax.models.wan.finetune.adapters import LoRA
 from vmonarch_jax.models.wan.finetune.prepare import (
     Tuning,
@@ -46,12 +47,14 @@ class Step:
         params: shapes by name, placed; of tuning, those of its state and of frozen weights.
         inputs: shapes, placed.
         unsplit: elements on one device of the largest activation that no token splits.
+        announced: the collectives that it may hold; `None`: those of a transformer.
     """
 
     function: Callable[..., Any]
     params: dict[str, Any]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     unsplit: int = 0
+    announced: tuple[Announced, ...] | None = None
 
     @property
     def weights(self) -> int:
@@ -158,20 +161,33 @@ def text(batch: int, sharding: Sharding) -> Step:
     return Step(function, placed, (tokens, tokens))
 
 
-def decoding(video: tuple[int, int, int], sharding: Sharding) -> Step:
-    """Latents to the video, in float32, a latent frame at a time; weights of the decoder alone."""
-    config = presets.MODELS[MODELS["1.3B"]].vae
+def autoencoding(
+    version: str, encode: bool, video: tuple[int, int, int], sharding: Sharding
+) -> Step:
+    """Latents to the video, or back, in float32, a latent frame at a time.
+
+    Only the weights of this direction are among the parameters.
+    """
+    config = {"2.1": presets.VAE_2_1, "2.2": presets.VAE_2_2}[version]
     rebuild, params = _abstract(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
     whole = sharding.placed()
-    used = {k: x for k, x in params.items() if k.split(".")[0] in ("post_quant", "decoder")}
+    names = ("encoder", "quant") if encode else ("post_quant", "decoder")
+    used = {k: x for k, x in params.items() if k.split(".")[0] in names}
 
-    def function(used: Any, latents: Any) -> Any:
+    def function(used: Any, x: Any) -> Any:
         others = {k: jnp.zeros(x.shape, x.dtype) for k, x in params.items() if k not in used}
-        return rebuild({**others, **used}).decode(latents)
+        vae = rebuild({**others, **used})
+        return (vae.encode if encode else vae.decode)(x, sharding=sharding)
 
-    latents = (1, *config.latent_size(*video), config.latent_channels)
-    placed = {name: _placed(x, whole) for name, x in used.items()}
-    return Step(function, placed, (_input(sharding, latents, jnp.float32),))
+    latents = config.latent_size(*video)
+    shape = (1, *video, 3) if encode else (1, *latents, config.latent_channels)
+    pictures = sharding.placed(None, None, "rows", "columns", None)
+    return Step(
+        function,
+        {name: _placed(x, whole) for name, x in used.items()},
+        (_placed(jax.ShapeDtypeStruct(shape, jnp.float32), pictures),),
+        announced=announced_pictures(sharding, config, latents),
+    )
 
 
 def _abstract(make: Callable[[], nnx.Module]) -> Any:

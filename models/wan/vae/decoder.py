@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..config import VAEConfig
-from .layers import FRAMES_BEFORE, ChannelNorm, Middle, ResidualBlock, Types, conv
+from .layers import FRAMES_AT_A_TIME, FRAMES_BEFORE, ChannelNorm, Middle, ResidualBlock, Types, conv
 from .resample import Double, repeat_up, unfold_pixels
 from .stream import Cache
 
@@ -87,6 +87,8 @@ class Decoder(nnx.Module):
         widths = up_widths(config)
         times = config.halve_time[::-1]
         self.patch, self.dtype = config.patch, types.dtype
+        # levels up to the last that doubles frames
+        self.doublings = max((n + 1 for n, time in enumerate(times) if time), default=0)
         self.conv_in = conv(config.latent_channels, widths[0][0], (3, 3, 3), types, rngs)
         self.middle = Middle(widths[0][0], types=types, rngs=rngs)
         self.levels = nnx.List(
@@ -112,7 +114,13 @@ class Decoder(nnx.Module):
         """Returns the pixels of some latent frames, given what is kept of those before."""
         x = self.conv_in(cache.extend(latents.astype(self.dtype), FRAMES_BEFORE), cache.picture)
         x = self.middle(x, cache)
-        for level in self.levels:
+        for level in self.levels[: self.doublings]:
+            x = level(x, cache)
+        return cache.each(self._finest, x, FRAMES_AT_A_TIME)
+
+    def _finest(self, x: Array, cache: Cache) -> Array:
+        """The levels that double no frames: most of the memory, so not for all frames at once."""
+        for level in self.levels[self.doublings :]:
             x = level(x, cache)
         x = cache.extend(jax.nn.silu(self.norm_out(x)), FRAMES_BEFORE)
         x = self.conv_out(x, cache.picture)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..config import VAEConfig
-from .layers import FRAMES_BEFORE, ChannelNorm, Middle, ResidualBlock, Types, conv
+from .layers import FRAMES_AT_A_TIME, FRAMES_BEFORE, ChannelNorm, Middle, ResidualBlock, Types, conv
 from .resample import Halve, fold_pixels, mean_down
 from .stream import Cache
 
@@ -74,6 +74,8 @@ class Encoder(nnx.Module):
         widths = [config.dim * m for m in (1, *config.multipliers)]
         last = len(config.halve_time)
         self.patch, self.dtype = config.patch, types.dtype
+        # levels before the first that halves frames
+        self.whole = (*config.halve_time, True).index(True)
         self.conv_in = conv(3 * config.patch**2, widths[0], (3, 3, 3), types, rngs)
         self.levels = nnx.List(
             [
@@ -97,9 +99,16 @@ class Encoder(nnx.Module):
         self, video: Float[Array, "batch frames height width 3"], cache: Cache
     ) -> Float[Array, "batch t h w moments"]:
         """Returns the moments of some frames, given what is kept of those before."""
-        x = fold_pixels(video, self.patch).astype(self.dtype)
-        x = self.conv_in(cache.extend(x, FRAMES_BEFORE), cache.picture)
-        for level in self.levels:
+        x = cache.each(self._finest, video, FRAMES_AT_A_TIME)
+        for level in self.levels[self.whole :]:
             x = level(x, cache)
         x = jax.nn.silu(self.norm_out(self.middle(x, cache)))
         return self.conv_out(cache.extend(x, FRAMES_BEFORE), cache.picture)
+
+    def _finest(self, video: Array, cache: Cache) -> Array:
+        """The levels that halve no frames: most of the memory, so not for all frames at once."""
+        x = fold_pixels(video, self.patch).astype(self.dtype)
+        x = self.conv_in(cache.extend(x, FRAMES_BEFORE), cache.picture)
+        for level in self.levels[: self.whole]:
+            x = level(x, cache)
+        return x

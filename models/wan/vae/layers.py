@@ -18,6 +18,8 @@ from .stream import Cache
 
 # A causal kernel of 3 frames sees this many before the present one.
 FRAMES_BEFORE = 2
+# Of the finest levels: fewer take less memory, but each time those before are read again.
+FRAMES_AT_A_TIME = 2
 # Keeps a pixel whose channels are all zero from dividing by zero.
 _NORM_FLOOR = 1e-12
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -74,6 +75,41 @@ class Cache:
         x = jnp.concatenate([before, x], axis=1)
         self.kept.append(x[:, -frames:])
         return x
+
+    def each(
+        self,
+        part: Callable[[Array, Cache], Array],
+        x: Float[Array, "batch frames height width channels"],
+        few: int,
+    ) -> Float[Array, "batch frames out_height out_width out_channels"]:
+        """`part(x, cache)`, `few` frames at a time, so that no more of them are in memory between.
+
+        Args:
+          part: layers that neither halve nor double frames.
+          x: the piece; whole, if `few` does not divide its frames.
+          few: frames at a time.
+        """
+        batch, frames = x.shape[:2]
+        if frames <= few or frames % few:
+            return part(x, self)
+
+        def run(past: Past | None, x: Array, number: Array) -> tuple[Past, Array]:
+            # numbered as latent frames: layers here have as many frames as they are given
+            cache = Cache(past, number, few, self.picture)
+            made = part(x, cache)
+            return tuple(cache.kept), made
+
+        pieces = x.reshape(batch, frames // few, few, *x.shape[2:]).swapaxes(0, 1)
+        numbers = self.numbers(frames)[::few]
+        shapes, _ = jax.eval_shape(run, None, pieces[0], numbers[0])
+        if self._past is None:
+            past = tuple(jnp.zeros(y.shape, y.dtype) for y in shapes)
+        else:
+            past = tuple(itertools.islice(self._past, len(shapes)))
+        past, made = jax.lax.scan(lambda past, piece: run(past, *piece), past, (pieces, numbers))
+        self.kept.extend(past)
+        made = made.swapaxes(0, 1)
+        return made.reshape(batch, frames, *made.shape[3:])
 
 
 def choose(frames: Bool[Array, " frames"], x: Array, y: Array) -> Array:
