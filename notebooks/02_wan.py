@@ -119,7 +119,8 @@ prompt = "a red fox runs in snow"
 sizes = {} if real else {"size": (48, 32), "frames": 9, "steps": 4}  # none: 81 frames of 832 x 480
 request = Request.of(config, prompt=prompt, seed=1, **sizes)
 schedule = AttentionSchedule(vm.VMonarch(), warmup_steps=10 if real else 1)
-print(make_plan(found, config, request, schedule, batched=True, image=False))
+whole = make_plan(found, config, request, schedule, True, image=False, compare=vm.Dense())
+print(whole)
 
 # %% [markdown]
 # ## A video under VMonarch

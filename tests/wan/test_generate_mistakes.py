@@ -17,6 +17,7 @@ from vmonarch_jax.models.wan.pipeline import WanPipeline
 from vmonarch_jax.models.wan.weights.detect import detect
 from vmonarch_jax.models.wan.weights.load import check_files
 from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config
+from wan_clips import write_clips
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,19 @@ def test_an_expert_that_was_not_downloaded_is_missed(kinds, refused, tmp_path):
     copy = shutil.copytree(kinds["t2v-two"], tmp_path / "copy")
     shutil.rmtree(copy / "transformer_2")
     assert "expected transformer_2/config.json" in refused(folder=copy)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_tuning_finds_damaged_files_before_clips_are_encoded(part, kinds, tmp_path, capsys):
+    copy = shutil.copytree(kinds["t2v"], tmp_path / "copy")
+    cut(sorted((copy / part).glob("*.safetensors"))[-1])
+    flags = ["--data", write_clips(tmp_path / "clips", 1), "--size", "48x32", "--frames", "5"]
+    command = ["finetune", "--weights", copy, *flags, "--out", tmp_path / "run", "--quiet"]
+    assert cli.main([str(one) for one in command]) == 2
+    said = capsys.readouterr().err
+    assert part in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_parts_are_checked_alone(kinds, tmp_path):
