@@ -180,6 +180,31 @@ def test_slow_writing_is_done_rarely(tmp_path, monkeypatch):
     assert found == [1, 1, 1, 4, 5]
 
 
+def test_what_a_killed_run_leaves(tmp_path, monkeypatch):
+    sampler, folder = PIPELINES["euler"].request.sampler_value(), tmp_path / "kept"
+    begun = Progress(sampler.init(jnp.ones((1, 2, 4))))
+    clock = iter([0.0, 2.0, 3.0, 3.0, 5.0])  # two seconds for each writing
+    monkeypatch.setattr("vmonarch_jax.models.wan.generate.partial.time.monotonic", clock.__next__)
+    partial = Partial(folder, {"seed": 1, "steps": 3}, resume=False)
+    partial.begin()
+    # killed while the first step was written: nothing is lost, so nothing is asked
+    (folder / ".main.partial.npz").write_bytes(b"half")
+    Partial(folder, {"seed": 1, "steps": 4}, resume=False)
+    for step in (1, 2, 3):
+        partial.keep_progress("main", step, begun, last=step == 3)
+    assert partial.progress("main", sampler, lambda step: ())[0] == 3, "however slow writing is"
+    with pytest.raises(ValueError, match="expected --resume"):
+        Partial(folder, {"seed": 1, "steps": 3}, resume=False)
+    with pytest.raises(ValueError, match="expected seed of 1, got 2; steps of 3, got 4"):
+        Partial(folder, {"seed": 2, "steps": 4}, resume=True)
+    for damage in (b"", b"no zip"):
+        (folder / "main.npz").write_bytes(damage)
+        with pytest.raises(ValueError, match="damaged"):
+            partial.progress("main", sampler, lambda step: ())
+    partial.remove()
+    assert not list(tmp_path.iterdir())
+
+
 def test_bytes_and_flops():
     config = small_config("t2v-two")
     sizes, grid = config.transformer, REQUEST.grid(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import shutil
 import time
@@ -151,7 +152,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as stored:
             return dict(stored)
-    except (ValueError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected kept arrays, got a damaged file") from error
 
 
@@ -159,6 +160,8 @@ def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     with replacing(path) as partial:
         save: Any = np.savez  # its keywords are names of arrays, which its types do not say
         save(partial, **arrays)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # before it gets its name: a machine may be gone at any time
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
