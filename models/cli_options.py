@@ -207,7 +207,8 @@ def add_attention(parser: argparse.ArgumentParser, default: str = "dense") -> An
         "default vmonarch",
     )  # fmt: skip
     for flag, (_, how) in _FIELDS.items():
-        group.add_argument(flag, dest=_dest(flag), **(how | {"help": _help(flag)}))
+        told: dict[str, Any] = how | {"help": _help(flag)}
+        group.add_argument(flag, dest=_dest(flag), **told)
     group.add_argument(
         "--implementation", type=implementations, metavar="NAME,...",
         help=f"kernels of all attention, tried in turn: {', '.join(BACKENDS)}; on a GPU nothing "
