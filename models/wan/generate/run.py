@@ -245,7 +245,7 @@ def _check(job: Job, there: bool = True) -> _Ready:
     if not request.prompt[0].strip():
         raise ValueError("expected a prompt, got an empty one")
     _check_attention(job, request, config)
-    pixels = (None if image is None else fit_image(image, request.size) for image in images)
+    first, last = (None if image is None else fit_image(image, request.size) for image in images)
     _check_out(job.out)
     placement = None if job.mesh is None else placement_of(job.mesh, there)
     if placement is not None:
@@ -253,7 +253,7 @@ def _check(job: Job, there: bool = True) -> _Ready:
     pipeline = WanPipeline.open(found, job.dtype, placement, job.lora)
     texts = [*request.prompt, *([request.negative_prompt] if request.guided else [])]
     check_texts(pipeline.tokenizer, texts)
-    return _Ready(job, found, request, *pixels, pipeline)
+    return _Ready(job, found, request, first, last, pipeline)
 
 
 def _check_attention(job: Job, request: Request, config: WanConfig) -> None:
