@@ -14,6 +14,7 @@ from ..config import TransformerConfig, WanConfig
 from ..keys_transformer import transformer_entries
 from ..request import Request
 from ..sharding import Sharding
+from ..vae.layers import FRAMES_AT_A_TIME
 from ..weights.configs import FIELDS
 from ..weights.entry import Entry
 from ..weights.parts import PARTS, matches, part_entries
@@ -129,7 +130,8 @@ def vae_bytes(
     pixels, frames, largest, remembered = rows * columns // vae.patch**2, time, 0, 0
     for level, multiple in enumerate(vae.multipliers):
         channels = multiple * (vae.decoder_dim if decode else vae.dim)
-        largest = max(largest, frames * pixels * channels)
+        at_once = min(frames, FRAMES_AT_A_TIME) if frames == time else frames
+        largest = max(largest, at_once * pixels * channels)
         # two frames of each convolution, of which a block has two
         remembered += 2 * 2 * (vae.blocks + decode) * pixels * channels
         if level < len(vae.halve_time):
