@@ -24,8 +24,8 @@
 # **What to expect.** This notebook was written where neither a TPU nor the weights could be had. It
 # was run with a small random model only; that the 1.3B model fits a v5e is what the TPU compiler
 # says. Where the weights are missing it goes on with such a random model, **and then every video is
-# noise**. Compiling takes minutes on a TPU, above all that of the autoencoder (seven at 832x480, on
-# two cores); a second video of the same size compiles nothing.
+# noise**. The first video compiles for minutes, above all the autoencoder; a second one of the same
+# size compiles nothing.
 #
 # **Installing.** The project has no published address yet. Bring a checkout (clone your own copy,
 # or upload and unpack one) and write its folder, or a `git+https://...` address of your own, into
