@@ -212,7 +212,9 @@ def _activations(config: WanConfig, tuning: Tuning, tokens: int, sharding: Shard
     one = math.ceil(tokens / ways) * sizes.dim * item
     # what the backward pass starts from in each layer: its input, and products, or everything
     kept = {"full": 1, "dots": 8 + sizes.ffn_dim / sizes.dim, "none": _LAYER_BYTES / 2}
-    return round(sizes.layers * one * kept[tuning.remat] + one * _LAYER_BYTES / 2)
+    # q, k, v, what attention gives and the gradients of all four, on their way between devices
+    exchanged = 8 * one if sharding is not None and sharding.ways("seq") > 1 else 0
+    return round(sizes.layers * one * kept[tuning.remat] + one * _LAYER_BYTES / 2) + exchanged
 
 
 def _copies(config: WanConfig, tuning: Tuning, params: Params, sharding: Sharding | None) -> int:
