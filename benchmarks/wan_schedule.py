@@ -60,8 +60,8 @@ added up, one operation after another. A Pallas kernel costs the larger of its s
 the time that its bytes take, as in [tpu_schedule.md](tpu_schedule.md). Of what XLA runs, the
 schedule of a loop does not say how often it turns; it costs the larger of the compiler's own
 estimate (`estimated_cycles`, by which it chooses its tiles) and of bytes / bandwidth. That estimate
-is no measurement: where it can be held against a known rate it says 60 to 85% of the peak for large
-products and less than the bandwidth for copies.
+is no measurement; for large products it says 60 to 98% of the peak rate. Waits between operations
+are not in it.
 
 """
 
