@@ -45,7 +45,11 @@ def weight_bytes(config: WanConfig, part: str, placement: Sharding | None = None
 
 
 def step_bytes(
-    config: TransformerConfig, grid: vm.VideoGrid, batch: int, placement: Sharding | None = None
+    config: TransformerConfig,
+    grid: vm.VideoGrid,
+    batch: int,
+    placement: Sharding | None = None,
+    kind: str = "",
 ) -> int:
     """Bytes of what one call of the transformer holds at most, beside weights and memory.
 
@@ -57,6 +61,7 @@ def step_bytes(
       grid: of its tokens.
       batch: videos in the call.
       placement: on a mesh; `None`: on one device.
+      kind: of the devices, as JAX names it, where it is known.
     """
     ways = functools.partial(_ways, placement)
     item = config.compute_dtype.itemsize
@@ -73,7 +78,8 @@ def step_bytes(
     text = videos * config.text_length * (config.dim + config.text_dim) * item
     latents = 2 * videos * grid.tokens * math.prod(config.patch) * config.out_channels * 4
     gathered = _gathered_bytes(config, item, placement)
-    return max(attention, mlp) + rope + text + latents + gathered
+    relaid = _relaid_bytes(config, item, placement) if kind.lower().startswith("tpu7x") else 0
+    return max(attention, mlp) + rope + text + latents + gathered + relaid
 
 
 def _attention_bytes(videos: int, tokens: int, heads: int, head_dim: int, item: int) -> int:
@@ -101,6 +107,16 @@ def _gathered_bytes(config: TransformerConfig, item: int, placement: Sharding | 
         math.prod(entry.shape) // math.prod(map(placement.ways, entry.logical[1:])) * item
         for entry in kernels
     )
+
+
+def _relaid_bytes(config: TransformerConfig, item: int, placement: Sharding | None) -> int:
+    """Of the kernels, of all layers, that the compiler for 7x keeps in a second layout."""
+    twice = ("mlp_in.kernel", "mlp_out.kernel", "attn.out.kernel", "cross.out.kernel")
+    kernels = [e for e in transformer_entries(config) if e.name.endswith(twice)]
+    where = {} if placement is None else placement.param_shardings(kernels)
+    shapes = {e.name: e.full_shape for e in kernels}
+    held = [where[n].shard_shape(shape) if where else shape for n, shape in shapes.items()]
+    return sum(map(math.prod, held)) * item
 
 
 def text_bytes(config: WanConfig) -> int:

@@ -196,7 +196,8 @@ def make_plan(
         memory["encoding the first frame"] = (
             held["vae"], vae_bytes(config, request, False, placement)
         )  # fmt: skip
-    steps = _steps_bytes(config, request, batched, placement)
+    device = Device.here()
+    steps = _steps_bytes(config, request, batched, placement, device.kind)
     for part, states in _states_bytes(
         config, request, attention, compare, batched, placement
     ).items():
@@ -225,18 +226,18 @@ def make_plan(
         else (str(compare), denoising_flops(config, request, compare)),
         mesh=None if mesh is None else {a: n for a, n in mesh.shape.items() if n > 1},
         devices=1 if mesh is None else mesh.size,
-        device=Device.here(),
+        device=device,
     )
 
 
 def _steps_bytes(
-    config: WanConfig, request: Request, batched: bool, placement: Sharding | None
+    config: WanConfig, request: Request, batched: bool, placement: Sharding | None, kind: str
 ) -> dict[str, int]:
     """Of each expert's calls, at most."""
     most: dict[str, int] = {}
     for part, guidance in request.experts(config):
         _, batch = calls_of(request, guidance, batched)
-        size = step_bytes(config.transformer, request.grid(config), batch, placement)
+        size = step_bytes(config.transformer, request.grid(config), batch, placement, kind)
         most[part] = max(most.get(part, 0), size)
     return most
 
