@@ -17,6 +17,8 @@ from typing import Any
 UNITS = (
     "matmul", "push", "xlu", "valu", "pop", "eup", "load", "fill", "store", "spill", "scalar"
 )  # fmt: skip
+# The passes that are read here: writing down what all of them do takes as long as compiling.
+DUMPED = "original|packed-bundles-post-ra|pre-delay"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Compiler:
             TPU_ACCELERATOR_TYPE="v6e-4",
             TPU_WORKER_HOSTNAMES="localhost",
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-            LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={self._dump.name} --xla_jf_dump_llo_text=true",
+            LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={self._dump.name} --xla_jf_dump_llo_text=true"
+            f" --xla_jf_dump_llo_pass_label_regex={DUMPED}",
             XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags} --xla_dump_hlo_as_text",
         )
         import jax
@@ -153,7 +156,9 @@ class Compiler:
             slots = dict(zip(UNITS, map(int, lines[2].split()), strict=True))
             rows = [[int(n) for n in line.split()] for line in lines[4:] if line.strip()]
             used = dict(zip(UNITS, map(sum, zip(*rows, strict=True)), strict=True))
-            originals = glob.glob(f"{self._dump.name}/*-{glob.escape(match[1])}-02-original.txt")
+            originals = glob.glob(
+                f"{self._dump.name}/*-{glob.escape(match[1])}-[0-9][0-9]-original.txt"
+            )
             text = Path(originals[0]).read_text() if originals else ""
             vmem = sum(int(s, 16) for s in re.findall(r"space=vmem, size = (0x[0-9a-f]+)", text))
             parts, loops = _jumps(
