@@ -100,8 +100,11 @@ def test_interrupted_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(WanPipeline, "step", counted)
     monkeypatch.setattr(WanPipeline, "conditions", no_conditions)
-    assert call(folder, halved, *flags, "--png", "--resume") == 0
+    # what runs the attention changes only the speed
+    named = "--implementation", "cudnn,xla"
+    assert call(folder, halved, *flags, *named, "--png", "--resume") == 0
     assert calls == [2, 3]
+    assert read_metadata(halved)["implementation"] == ["cudnn", "xla"]
     for n in range(5):
         expected, got = (tmp_path / name / f"{n:04d}.png" for name in ("whole", "halved"))
         np.testing.assert_array_equal(Image.open(got), Image.open(expected))
