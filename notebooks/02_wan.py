@@ -140,7 +140,7 @@ pipeline = WanPipeline.open(found)
 conditions = pipeline.conditions(request)
 noise = pipeline.noise(request)
 layers = config.transformer.layers
-at, certificate = certified_step(schedule, request.steps, layers), []
+at, certificate = certified_step(schedule, request, config), []
 
 
 def denoise(attention, on_step=None):

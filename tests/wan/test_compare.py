@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from compiling import jit
 from tolerances import assert_close
-from vmonarch_jax.models.wan.generate.compare import Watched, certify
+from vmonarch_jax.models import AttentionSchedule
+from vmonarch_jax.models.wan.generate.compare import Watched, certified_step, certify
 from vmonarch_jax.models.wan.pipeline import WanPipeline
 from vmonarch_jax.models.wan.request import Request
 from vmonarch_jax.models.wan.transformer_layers import OneDevice
@@ -106,6 +107,23 @@ def test_certificate_is_the_divergence_by_hand(index, batched, pipeline, request
         assert_close((row["mean_kl"], row["max_kl"]), expected, "float32", "kl", f"layer {layer}")
         assert row["max_kl"] > 1e-3
     assert got[2] == {"mean_kl": None, "max_kl": None}
+
+
+@pytest.mark.parametrize(
+    ("attention", "step"),
+    [
+        (vm.VMonarch(), 5),
+        (vm.Dense(), 5),
+        (AttentionSchedule(vm.VMonarch(), warmup_steps=4), 7),
+        (vm.Guided(vm.VMonarch(), every=5), 6),  # of 1 to 4 and 6 to 9
+        (vm.AdaSpa(block_size=8, warmup_steps=1, search_steps=(1, 5)), 6),  # of 2 to 4, 6 to 9
+    ],
+    ids=str,
+)
+def test_certified_step_is_one_of_the_usual(attention, step):
+    config = small_config("t2v")
+    request = Request.of(config, prompt="a", steps=10, size=(96, 64), frames=9)
+    assert certified_step(attention, request, config) == step
 
 
 def _scan(body, carry, layers):

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 import vmonarch_jax as vm
 from vmonarch_jax.memory import Step
 
-from ...attention_schedule import Attention, runs_of
+from ...attention_schedule import Attention, flops_of_steps, runs_of
 from ..conditions import Conditions
+from ..config import WanConfig
 from ..memory import Memory
 from ..pipeline import Progress, WanPipeline
 from ..request import Request
@@ -147,15 +148,23 @@ def _number(value: Any) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def certified_step(attention: Attention, steps: int, layers: int) -> int:
-    """A step in the middle of those that do not run under dense attention alone."""
+def certified_step(attention: Attention, request: Request, config: WanConfig) -> int:
+    """A step in the middle of those where attention costs least, dense steps aside.
+
+    Searches and refreshes cost more: they are dense, or nearly, and say nothing of other steps.
+    """
+    sizes, steps = config.transformer, request.steps
     sparse = [
         n
-        for first, end, methods in runs_of(attention, steps, layers)
+        for first, end, methods in runs_of(attention, steps, sizes.layers)
         for n in range(first, end)
         if any(not isinstance(method, vm.Dense) for method in methods)
     ]
-    return sparse[len(sparse) // 2] if sparse else steps // 2
+    of_heads = {"heads": sizes.heads, "head_dim": sizes.head_dim}
+    costs = flops_of_steps(attention, steps, sizes.layers, request.grid(config), **of_heads)
+    least = min((costs[n] for n in sparse), default=0)
+    usual = [n for n in sparse if costs[n] == least] or list(range(steps))
+    return usual[len(usual) // 2]
 
 
 def describe(certificate: list[dict[str, float | None]], psnr: float, ssim: float) -> str:

@@ -194,9 +194,8 @@ def _denoise(ready: _Ready, partial: Partial, conditions, name: str, attention: 
     start = partial.progress(name, request.sampler_value(), remembered)
     done = 0 if start is None else start[0]
     noise = pipeline.noise(request)
-    layers = ready.config.transformer.layers
     wanted = job.compare is not None and name == "main"
-    at = certified_step(attention, request.steps, layers)
+    at = certified_step(attention, request, ready.config)
     certificate: list[dict[str, float | None]] = partial.certificate() if wanted else []
 
     def look(step: int, progress: Progress) -> None:
