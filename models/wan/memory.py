@@ -137,7 +137,8 @@ def state_bytes(
     def held_by_one(leaf: jax.ShapeDtypeStruct) -> int:
         shape = leaf.shape
         if placement is not None:
-            shape = placement.state_shardings(leaf).shard_shape(shape)
+            where: Any = placement.state_shardings(leaf)
+            shape = where.shard_shape(shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
     most: dict[str, int] = {}

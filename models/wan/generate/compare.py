@@ -139,7 +139,7 @@ def _watched(memory: Memory, methods: Sequence[Any], heads: int) -> Memory:
     states = []
     for state in kept.values():
         layers, batch = jax.tree.leaves(state)[0].shape[:2]
-        nothing = np.full((layers, batch, heads), np.nan, np.float32)
+        nothing: Any = np.full((layers, batch, heads), np.nan, np.float32)
         states.append(WatchedState(nothing, nothing, state))
     return Memory(tuple(map(Watched, kept)), tuple(states))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 
@@ -53,8 +52,8 @@ def step_bytes(
 ) -> int:
     """Bytes of what one call of the transformer holds at most, beside weights and memory.
 
-    An estimate by the arrays that are alive where most are: in a layer's attention or in its MLP.
-    Compilers reuse, fuse and copy, and may need more or less.
+    An estimate by the arrays that are alive where most are: in a layer's attention, in its MLP, or
+    before the layers. Compilers reuse, fuse and copy, and may need more or less.
 
     Args:
       config: of the transformer.
@@ -73,13 +72,17 @@ def step_bytes(
     )
     # beside the residual stream: the hidden layer and what it is mapped to
     mlp = 2 * stream + videos * tokens * config.ffn_dim * item // ways("mlp")
+    # kernels that lie split are put together where they are used, of attention one after another
+    gathered = functools.partial(_gathered_bytes, config, item, placement)
+    attention += gathered((".attn.out.kernel",))
+    mlp += gathered((".mlp_in.kernel", ".mlp_out.kernel"))
+    before = stream + gathered((".time.", ".text.", ".patch."))
     # cosine and sine of each token's angles, float32
     rope = 2 * tokens * config.head_dim * 4
     text = videos * config.text_length * (config.dim + config.text_dim) * item
     latents = 2 * videos * grid.tokens * math.prod(config.patch) * config.out_channels * 4
-    gathered = _gathered_bytes(config, item, placement)
     relaid = _relaid_bytes(config, item, placement) if kind.lower().startswith("tpu7x") else 0
-    return max(attention, mlp) + rope + text + latents + gathered + relaid
+    return max(attention, mlp, before) + rope + text + latents + relaid
 
 
 def _attention_bytes(videos: int, tokens: int, heads: int, head_dim: int, item: int) -> int:
@@ -96,17 +99,18 @@ def _attention_bytes(videos: int, tokens: int, heads: int, head_dim: int, item: 
     return 4 * one + 5 * few
 
 
-def _gathered_bytes(config: TransformerConfig, item: int, placement: Sharding | None) -> int:
-    """Of the parameters of one layer that are stored in parts, as they are used."""
+def _gathered_bytes(
+    config: TransformerConfig, item: int, placement: Sharding | None, names: tuple[str, ...]
+) -> int:
+    """Of kernels as they are used, of one layer, where they lie split; by parts of their names."""
     if placement is None or placement.ways("embed", "params") == 1:
         return 0
-    kernels: Iterable[Entry] = (
-        entry for entry in transformer_entries(config) if entry.layers and len(entry.shape) > 1
-    )
-    return sum(
-        math.prod(entry.shape) // math.prod(map(placement.ways, entry.logical[1:])) * item
-        for entry in kernels
-    )
+    total = 0
+    for entry in transformer_entries(config):
+        if len(entry.shape) > 1 and any(name in f".{entry.name}" for name in names):
+            axes = entry.logical[1:] if entry.layers else entry.logical
+            total += math.prod(entry.shape) // math.prod(map(placement.ways, axes)) * item
+    return total
 
 
 def _relaid_bytes(config: TransformerConfig, item: int, placement: Sharding | None) -> int:

@@ -283,11 +283,11 @@ def placement_of(sizes: Mapping[str, int], there: bool = True) -> Sharding:
     Raises:
       ValueError: a size is below 1, or there are not so many devices.
     """
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    data, fsdp, context, tensor = shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if not there and min(shape) > 0:
         mesh: Any = AbstractMesh(shape, AXES)
         return Sharding(mesh)
-    return Sharding(make_mesh(*shape))
+    return Sharding(make_mesh(data, fsdp, context, tensor))
 
 
 def _check_placement(placement: Sharding, found: Found, request: Request, batched: bool) -> None:
