@@ -160,8 +160,10 @@ def certified_step(attention: Attention, request: Request, config: WanConfig) ->
         for n in range(first, end)
         if any(not isinstance(method, vm.Dense) for method in methods)
     ]
-    of_heads = {"heads": sizes.heads, "head_dim": sizes.head_dim}
-    costs = flops_of_steps(attention, steps, sizes.layers, request.grid(config), **of_heads)
+    costs = flops_of_steps(
+        attention, steps, sizes.layers, request.grid(config), heads=sizes.heads,
+        head_dim=sizes.head_dim,
+    )  # fmt: skip
     least = min((costs[n] for n in sparse), default=0)
     usual = [n for n in sparse if costs[n] == least] or list(range(steps))
     return usual[len(usual) // 2]
