@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import vmonarch_jax as vm
 
 from ..config import TransformerConfig, WanConfig
 from ..keys_transformer import transformer_entries
+from ..keys_vae import vae_entries
 from ..request import Request
 from ..sharding import Sharding
+from ..vae.decoder import up_widths
 from ..vae.layers import FRAMES_AT_A_TIME
 from ..weights.configs import FIELDS
 from ..weights.entry import Entry
@@ -147,17 +150,29 @@ def vae_bytes(
         -(-size // (stride * _ways(placement, name))) * stride
         for name, size, stride in zip(("rows", "columns"), (height, width), strides, strict=True)
     )
+    # levels from the finest on: channels of its blocks, and those that come in
+    if decode:
+        levels = [(width, inputs) for inputs, width, _ in up_widths(vae)[::-1]]
+    else:
+        widths = [vae.dim * multiple for multiple in (1, *vae.multipliers)]
+        levels = [(width, inputs) for inputs, width in itertools.pairwise(widths)]
     pixels, frames, largest, remembered = rows * columns // vae.patch**2, time, 0, 0
-    for level, multiple in enumerate(vae.multipliers):
-        channels = multiple * (vae.decoder_dim if decode else vae.dim)
+    for level, (width, inputs) in enumerate(levels):
         at_once = min(frames, FRAMES_AT_A_TIME) if frames == time else frames
-        largest = max(largest, at_once * pixels * channels)
-        # two frames of each convolution, of which a block has two
-        remembered += 2 * 2 * (vae.blocks + decode) * pixels * channels
+        largest = max(largest, at_once * pixels * max(width, inputs))
+        # two frames of the input of each convolution, of which a block has two
+        convolutions = 2 * (vae.blocks + decode)
+        remembered += 2 * pixels * (inputs + (convolutions - 1) * width)
         if level < len(vae.halve_time):
             pixels, frames = pixels // 4, frames // (2 if vae.halve_time[level] else 1)
-    # as compiled: a convolution's input in two layouts, its output, what is added to it; the video
-    return 4 * (4 * largest + remembered + 3 * rows * columns * request.frames)
+    way = "decoder." if decode else "encoder."
+    kernels = sum(
+        math.prod(entry.full_shape) for entry in vae_entries(vae) if entry.name.startswith(way)
+    )
+    # as compiled: a convolution's input in two layouts, its output, what is added to it; the video;
+    # all kernels once more, in bfloat16, as a TPU multiplies
+    video = 3 * rows * columns * request.frames
+    return 4 * (4 * largest + remembered + video) + 2 * kernels
 
 
 def _ways(placement: Sharding | None, name: str, of: str = "activations") -> int:
