@@ -88,7 +88,7 @@ class WanVAE(nnx.Module):
             raise ValueError(
                 f"expected a video [batch, frames, height, width, 3], got {video.shape}"
             )
-        _, *size = config.latent_size(*video.shape[1:4])
+        _, *sides = config.latent_size(*video.shape[1:4])
         _check_chunk(chunk)
 
         def run(vae: WanVAE, video: Array, picture: Picture) -> Array:
@@ -98,7 +98,7 @@ class WanVAE(nnx.Module):
             stride = config.strides[0]
             return stream(part, video, chunk=chunk, stride_in=stride, picture=picture)
 
-        moments = on_mesh(sharding, self, run, video, tuple(size), config.strides[1], 1)
+        moments = on_mesh(sharding, self, run, video, sides, config.strides[1], 1)
         if sharding is not None:
             moments = jax.lax.with_sharding_constraint(moments, sharding.placed())
         latents, log_variance = jnp.split(moments, 2, axis=-1)

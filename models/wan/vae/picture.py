@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -125,7 +125,7 @@ def on_mesh(
     module: nnx.Module,
     run: Callable[[Any, Array, Picture], Array],
     x: Float[Array, "batch frames height width channels"],
-    latents: tuple[int, int],
+    latents: Sequence[int],
     scale: int,
     out_scale: int,
 ) -> Float[Array, "batch out_frames out_height out_width out_channels"]:
