@@ -14,19 +14,18 @@ HLO = """
   ROOT %b.1 = f32[4,100,8]{2,1,0} transpose(%y), dimensions={1,0,2}
   %c = bf16[1,100,32]{2,1,0} transpose(%x), dimensions={1,0,2}
   %d = bf16[10,4,8]{2,1,0} transpose(%z), dimensions={1,0,2}
-  %weights = bf16[64,64,2]{2,1,0} transpose(%w), dimensions={1,0,2}
 """
 
 
 def test_transposes_of_large_arrays():
     expected = ["bf16[1,100,4,8] of 0,2,1,3", "f32[4,100,8] of 1,0,2"]
-    assert wan_gpu.transposes(HLO, 3200, 100) == expected
+    assert wan_gpu.transposes(HLO, 3200) == expected
 
 
 def test_recorded_cases_pass_their_gates_and_make_the_table(tmp_path, monkeypatch):
     found = wan_gpu.record()["cases"]
     known = {case.name: case for case in wan_gpu.cases()}
-    assert len(found) >= 10
+    assert len(found) >= 7
     for name, entry in found.items():
         assert wan_gpu.wrong(known[name], entry) == []
         assert 0 < wan_gpu.total(entry) < 79.1 * 2**30
