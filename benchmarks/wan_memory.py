@@ -29,6 +29,8 @@ PICTURES = ("decoder-2.1", "encoder-2.1", "decoder-2.2", "encoder-2.2")
 PARTS = ("1.3B", "14B", "text", *PICTURES)
 # Devices of a chip: JAX sees the two cores of a 7x as two devices, each with half of the memory.
 CORES = {"v5e": 1, "v6e": 1, "7x": 2}
+# GiB that the compiler has of each device.
+HBM = {"v5e": 15.75, "v6e": 31.24, "7x": 94.74}
 TOPOLOGIES = {
     "v5e": {4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"},
     "v6e": {4: "v6e:2x2", 8: "v6e:2x4", 16: "v6e:4x4"},
@@ -100,6 +102,27 @@ def cases() -> list[Case]:
         ("14B", "720p", "7x", 8, 2, {"fsdp": 2, "context": 8}),
         ("1.3B", "480p", "v5e", 8, 2, {"fsdp": 2, "context": 4}),
         ("1.3B", "480p", "v5e", 16, 4, {"fsdp": 4, "context": 4}),
+        ("1.3B", "480p", "v6e", 4, 2, {"context": 4}),
+        ("1.3B", "480p", "v6e", 8, 2, {"fsdp": 2, "context": 4}),
+        ("1.3B", "480p", "v6e", 16, 4, {"fsdp": 4, "context": 4}),
+        ("1.3B", "480p", "7x", 4, 2, {"fsdp": 2, "context": 4}),
+        ("1.3B", "480p", "7x", 8, 4, {"fsdp": 4, "context": 4}),
+        ("1.3B", "480p", "7x", 16, 8, {"fsdp": 8, "context": 4}),
+        ("1.3B", "720p", "v5e", 8, 2, {"fsdp": 2, "context": 4}),
+        ("1.3B", "720p", "v5e", 16, 4, {"fsdp": 4, "context": 4}),
+        ("1.3B", "720p", "v6e", 4, 2, {"context": 4}),
+        ("1.3B", "720p", "v6e", 8, 2, {"fsdp": 2, "context": 4}),
+        ("1.3B", "720p", "v6e", 16, 4, {"fsdp": 4, "context": 4}),
+        ("1.3B", "720p", "7x", 4, 2, {"fsdp": 2, "context": 4}),
+        ("1.3B", "720p", "7x", 8, 4, {"fsdp": 4, "context": 4}),
+        ("1.3B", "720p", "7x", 16, 8, {"fsdp": 8, "context": 4}),
+        ("14B", "480p", "v6e", 8, 2, {"fsdp": 2, "context": 4}),
+        ("14B", "480p", "v6e", 16, 2, {"fsdp": 2, "context": 8}),
+        ("14B", "480p", "7x", 4, 2, {"fsdp": 2, "context": 4}),
+        ("14B", "480p", "7x", 8, 2, {"fsdp": 2, "context": 8}),
+        ("14B", "480p", "7x", 16, 4, {"fsdp": 4, "context": 8}),
+        ("14B", "720p", "v6e", 1, 1, {}),
+        ("14B", "720p", "7x", 16, 4, {"fsdp": 4, "context": 8}),
     )
     others = [
         Case("text", "512", "v5e", 1, batch=2),
@@ -254,8 +277,11 @@ def measure(case: Case) -> dict[str, Any]:
     odd = collectives.unannounced(
         hlo, sharding, bool(case.tuned), step.unsplit, allowed=step.announced
     )
+    needs = sum(sizes.values()) / 2**30
+    fits = needs <= HBM[case.chip]  # code is refused what buffers are not
     return {
-        "fits": True,
+        "fits": fits,
+        **({} if fits else {"needs": needs}),
         "weights": step.weights,
         "inputs": sizes["parameters"] - step.weights,
         "outputs": sizes["outputs"],
