@@ -11,8 +11,11 @@ import numpy as np
 from compiling import jit
 from vmonarch_jax.models.params import split_params
 from vmonarch_jax.models.wan.collectives import announced_pictures, collectives, unannounced
+from vmonarch_jax.models.wan.conditions import beside_channels, first_frame
 from vmonarch_jax.models.wan.config import VAEConfig
+from vmonarch_jax.models.wan.pipeline import WanPipeline
 from vmonarch_jax.models.wan.sharding import Sharding, make_mesh
+from vmonarch_jax.models.wan.weights.random_folder import small_config
 from wan_vae_cases import Case, inputs_of, relative_error, vae_of
 
 FLAT = VAEConfig(
@@ -71,5 +74,30 @@ def measured(config: VAEConfig, latents: tuple[int, int, int], sizes: dict) -> d
     return found
 
 
+def pipeline() -> dict[str, float]:
+    """What a pipeline encodes and decodes on a mesh, against one device."""
+    vae, sharding = vae_of(FLAT), Sharding(make_mesh(context=4, tensor=2))
+    draw = np.random.RandomState(3)
+    first, last = draw.randint(0, 256, (2, 6, 14, 3)).astype(np.uint8)
+    latents = draw.standard_normal((2, 2, 3, 7, 2)).astype(np.float32)
+    config = small_config("t2v")
+    made = {
+        place: (
+            first_frame(vae, first, place),
+            beside_channels(vae, first, 5, last, place),
+            WanPipeline(config, {"vae": vae}, placement=place).decode(latents),
+        )
+        for place in (None, sharding)
+    }
+    names = ("first_frame", "beside_channels", "decode")
+    return {
+        name: relative_error(got, np.asarray(want))
+        for name, got, want in zip(names, made[sharding], made[None], strict=True)
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: measured(*CASES[name]) for name in sys.argv[1:]}))
+    found = {name: measured(*CASES[name]) for name in sys.argv[1:] if name != "pipeline"}
+    if "pipeline" in sys.argv:
+        found["pipeline"] = pipeline()
+    print(json.dumps(found))

@@ -43,3 +43,10 @@ def test_autoencoder_on_eight_devices_is_that_of_one(names):
             alone, spread = got["temporaries"]
             # an eighth, and the edges of the neighbours
             assert 5.5 * spread < alone, where
+
+
+@pytest.mark.slow
+def test_pipeline_makes_conditions_and_videos_on_a_mesh():
+    found = run("pipeline")["pipeline"]
+    assert sorted(found) == ["beside_channels", "decode", "first_frame"]
+    assert {name: error for name, error in found.items() if not error < 1e-5} == {}
