@@ -108,8 +108,9 @@ if not real:
 
 # %%
 from vmonarch_jax.models import AttentionSchedule
+from vmonarch_jax.models.wan.config import with_dtype
 from vmonarch_jax.models.wan.generate.plan import make_plan
-from vmonarch_jax.models.wan.pipeline import WanPipeline, with_dtype
+from vmonarch_jax.models.wan.pipeline import WanPipeline
 from vmonarch_jax.models.wan.request import Request
 from vmonarch_jax.models.wan.weights.detect import detect
 

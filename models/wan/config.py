@@ -335,3 +335,13 @@ class WanConfig:
                 f"of {near[2]}x{near[1]}, got {frames} frames of {width}x{height}"
             )
         return self.transformer.grid_of(*self.vae.latent_size(frames, height, width))
+
+
+def with_dtype(config: WanConfig, dtype: str) -> WanConfig:
+    """The model with the matmuls of transformers and encoders in a dtype."""
+    parts = {
+        name: dataclasses.replace(getattr(config, name), dtype=dtype)
+        for name in ("transformer", "text", "image")
+        if getattr(config, name) is not None
+    }
+    return dataclasses.replace(config, **parts)

@@ -26,7 +26,7 @@ from .conditions import (
     rebuild_vae,
     text_states,
 )
-from .config import WanConfig
+from .config import WanConfig, with_dtype
 from .guidance import guided
 from .linear_branch import add_linear_branches, with_linear_layers
 from .memory import EMPTY, Memory, begin, calls_of, let_go
@@ -359,16 +359,6 @@ class WanPipeline:
     @staticmethod
     def _repeat(array: Array, batch: int) -> Array:
         return jnp.broadcast_to(array, (batch, *array.shape[1:]))
-
-
-def with_dtype(config: WanConfig, dtype: str) -> WanConfig:
-    """The model with the matmuls of transformers and encoders in a dtype."""
-    parts = {
-        name: dataclasses.replace(getattr(config, name), dtype=dtype)
-        for name in ("transformer", "text", "image")
-        if getattr(config, name) is not None
-    }
-    return dataclasses.replace(config, **parts)
 
 
 def _with_first(x: Array, first: Array | None) -> Array:

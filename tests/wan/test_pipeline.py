@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from vmonarch_jax.models import AttentionSchedule
 from vmonarch_jax.models.wan.conditions import fit_image, size_like
-from vmonarch_jax.models.wan.pipeline import WanPipeline, with_dtype
+from vmonarch_jax.models.wan.config import with_dtype
+from vmonarch_jax.models.wan.pipeline import WanPipeline
 from vmonarch_jax.models.wan.presets import MODELS
 from vmonarch_jax.models.wan.request import Request
 from vmonarch_jax.models.wan.weights.random_folder import random_folder, small_config

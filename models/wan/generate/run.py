@@ -25,9 +25,9 @@ from ...demo.files import write_json
 from ...demo.measure import likeness
 from ...demo.progress import phase
 from ..conditions import check_image, check_texts, fit_image, size_like
-from ..config import WanConfig
+from ..config import WanConfig, with_dtype
 from ..memory import after, calls_of
-from ..pipeline import LoRAFile, Progress, WanPipeline, with_dtype
+from ..pipeline import LoRAFile, Progress, WanPipeline
 from ..request import Request
 from ..sharding import AXES, Sharding, make_mesh
 from ..weights.detect import Found, detect
