@@ -17,6 +17,7 @@ PYTEST := -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-newest test-slow aot aot-gpu parity lint format setup clean
+.PHONY: setup-newest setup-aot setup-parity
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -43,9 +44,7 @@ test-newest: ## the fast tests on the newest JAX and Python here; CASES=part: fe
 	$(TEST_ENV) $(VENV_NEWEST)/bin/python $(PYTEST)
 
 # libtpu has an environment of its own: where it is installed, JAX looks for a TPU at every start.
-aot: ## the TPU kernels through the real TPU compiler, no TPU needed; AOT=part: one shape of each
-	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
-	"$$python" scripts/setup_env.py "$(VENV_AOT)" dev,aot
+aot: setup-aot ## the TPU kernels through the real TPU compiler, no TPU needed; AOT=part: one shape of each
 	JAX_PLATFORMS=cpu AOT=$${AOT:-full} $(VENV_AOT)/bin/python -m pytest -q -n $(JOBS) tests/aot $(PYTEST_ARGS)
 
 # CUDA has one too: it is large, and nobody needs it for the tests.
@@ -55,9 +54,7 @@ aot-gpu: ## the GPU routes through XLA and ptxas for an H100, no GPU needed
 	JAX_PLATFORMS=cpu AOT_GPU=1 $(VENV_GPU)/bin/python -m pytest -q tests/aot_gpu $(PYTEST_ARGS)
 
 # torch has an environment of its own: nobody who only runs models needs it.
-parity: ## the Wan port beside Diffusers and Transformers, on small random models
-	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
-	"$$python" scripts/setup_env.py "$(VENV_PARITY)" dev,video,parity
+parity: setup-parity ## the Wan port beside Diffusers and Transformers, on small random models
 	$(TEST_ENV) $(VENV_PARITY)/bin/python -m pytest -q -n $(JOBS) tests/wan -k parity $(PYTEST_ARGS)
 
 lint: setup ## ruff and pyright
@@ -72,6 +69,18 @@ format: setup ## let ruff mend what it can
 setup: ## the environment in .venv, made or renewed only where needed
 	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
 	"$$python" scripts/setup_env.py "$(VENV)"
+
+setup-newest:
+	@newest=$$(./scripts/find_python.sh newest) || exit 1; \
+	"$$newest" scripts/setup_env.py "$(VENV_NEWEST)"
+
+setup-aot:
+	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
+	"$$python" scripts/setup_env.py "$(VENV_AOT)" dev,aot
+
+setup-parity:
+	@python="$(PYTHON)"; test -n "$$python" || python=$$(./scripts/find_python.sh oldest) || exit 1; \
+	"$$python" scripts/setup_env.py "$(VENV_PARITY)" dev,video,parity
 
 clean: ## remove everything that was made here: environments, outputs, caches
 	rm -rf .venv .venv.lock .venv-newest .venv-newest.lock .venv-aot .venv-aot.lock .venv-gpu .venv-gpu.lock .venv-parity .venv-parity.lock .types build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
