@@ -159,7 +159,7 @@ def abstract_state(params: Mapping[str, Any], config: TrainConfig) -> TrainState
     meshes = [place.mesh for place in places.values() if isinstance(place, NamedSharding)]
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        name = getattr(path[-1], "key", None)
+        name = str(getattr(path[-1], "key", ""))
         there = None if not meshes else NamedSharding(meshes[0], PartitionSpec())
         if meshes and name in params and leaf.shape == params[name].shape:
             there = places[name]

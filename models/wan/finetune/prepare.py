@@ -27,8 +27,8 @@ from .loss import error_sum, noised, times_of
 
 # Where the settings of a run differ from `TrainConfig`'s own; thin adapters take larger steps.
 _DEFAULTS: dict[str, Any] = {"steps": 1000, "batch_size": 1}
-_LORA_DEFAULTS = _DEFAULTS | {"learning_rate": 1e-4}
-_FULL_DEFAULTS = _DEFAULTS | {"learning_rate": 1e-5, "ema_decay": 0.0}
+_LORA_DEFAULTS: dict[str, Any] = _DEFAULTS | {"learning_rate": 1e-4}
+_FULL_DEFAULTS: dict[str, Any] = _DEFAULTS | {"learning_rate": 1e-5, "ema_decay": 0.0}
 
 
 def train_config(full: bool | None = False, **given: Any) -> TrainConfig:
@@ -153,10 +153,11 @@ def abstract(
     trained, frozen = _branches_of(tuning, params)
     trained |= jax.eval_shape(adapters)
     thin = _thin(sharding)
-    return model, {
+    placed: Any = {
         name: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=places.get(name, thin))
         for name, x in trained.items()
-    }, frozen  # fmt: skip
+    }
+    return model, placed, frozen
 
 
 def _model(

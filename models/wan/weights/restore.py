@@ -41,12 +41,12 @@ def restore_params(
     Raises:
       ValueError: the folder is missing, incomplete or damaged, or is of other parameters.
     """
-    entries = {entry.name: entry for entry in entries}
-    expected = {n: jax.ShapeDtypeStruct(e.full_shape, jnp.float32) for n, e in entries.items()}
+    table = {entry.name: entry for entry in entries}
+    expected = {n: jax.ShapeDtypeStruct(e.full_shape, jnp.float32) for n, e in table.items()}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def place_of(name: str, stored: Any) -> tuple[Placement, Any]:
         place = here if shardings is None else shardings[name]
-        return place, dtype_of(entries[name]) or stored.dtype
+        return place, dtype_of(table[name]) or stored.dtype
 
     return restore_arrays(folder, expected, place_of, "parameters")
