@@ -380,8 +380,8 @@ two prompts of 512 tokens), which is freed before the transformer comes. "decode
 those of the autoencoders of Wan2.1 and Wan2.2, in float32, a latent frame at a time, for all 81
 frames (704p: 121 frames of 1280x704); on 4 chips each holds a quarter of the columns.
 
-One device's transformer steps were compiled whole. Of meshes and autoencoders these are the sizes of
-the compiler's buffer assignment, as below: the same where both were read.
+One device's transformer steps were compiled whole. Of meshes and autoencoders these are the sizes
+of the compiler's buffer assignment, as below: the same where both were read.
 
 {table}
 
