@@ -8,7 +8,7 @@
 
 All but the last need the CUDA packages of JAX (`pip install -e .[gpu]`), not a GPU. A case is one
 call of the transformer, or one step of tuning, at full size without weights. It must hold the
-kernels that were named, none of ours may spill, and on one device nothing of the size of q, or of a
+kernels that were named, none of ours may spill, and on one H100 nothing of the size of q, or of a
 kernel of all layers, may be transposed. Writes `results/wan_gpu.json`, each figure as it comes, and
 `results/wan_gpu.md`.
 """
@@ -222,7 +222,9 @@ def wrong(case: Case, entry: dict[str, Any]) -> list[str]:
         )
     if entry["spills"]:
         problems.append(f"our kernels spill {entry['spills']} bytes")
-    if case.route != "xla" and case.count == 1 and entry["transposes"]:
+    # An A100 has no kernel of ours for the L steps, and XLA's transpose.
+    on_one = case.device == "h100" and case.count == 1
+    if case.route != "xla" and on_one and entry["transposes"]:
         problems.append(f"transposes {entry['transposes']}")
     if entry["unannounced"]:
         problems.append(f"collectives that no rule announces: {entry['unannounced']}")
@@ -269,8 +271,8 @@ made again in the backward pass. Several devices share the tokens (`context`).
 Routes: "pallas_gpu" is ("pallas_gpu", "cudnn", "xla"), "cudnn" is ("cudnn", "xla"). Calls: of
 cuDNN forward, of cuDNN backward, and of kernels of this library, in one layer, which the program
 holds once. What XLA moves is all that its own operations read and write, matrix products with it.
-On one device no operation transposes an array of the size of q or a kernel of all layers, and no
-kernel of this library spills.
+On one H100 no operation transposes an array of the size of q or a kernel of all layers, but under
+"xla"; no kernel of this library spills.
 
 {table}
 """
