@@ -26,11 +26,13 @@ demo: setup ## sample videos with dense and Monarch attention; writes out/demo/
 	$(RUN)/vmonarch demo
 
 test: setup ## lint, types, and the fast tests; runs them all before it fails
-	@status=0; \
+	@status=0; log=$$(mktemp); \
+	$(RUN)/python scripts/typecheck.py >"$$log" 2>&1 & types=$$!; \
+	trap 'kill $$types 2>/dev/null; rm -f "$$log"' EXIT INT TERM; \
 	$(RUN)/ruff check || status=1; \
 	$(RUN)/ruff format --check || status=1; \
-	$(RUN)/python scripts/typecheck.py || status=1; \
 	$(TEST_ENV) $(RUN)/python $(PYTEST) || status=1; \
+	wait $$types || status=1; cat "$$log"; \
 	test $$status = 0 || echo "make test: something above failed"; exit $$status
 
 test-slow: setup ## the tests that `make test` leaves out
