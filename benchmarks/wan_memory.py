@@ -5,7 +5,8 @@
     python -m benchmarks.wan_memory --report              # only the table, from the record
 
 Needs libtpu (`pip install -e .[aot]`), not a TPU. Writes `wan_memory.json`, each figure as it
-comes, and `wan_memory.md`. A case is one call of the transformer, weights in bfloat16.
+comes, and the tables in `wan_memory.md` and `docs/wan.md`. A case is one call of a transformer, an
+encoder or a decoder, or one step of tuning.
 """
 
 import argparse
@@ -22,11 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import wan_memory_report
+
 RECORD = Path(__file__).with_name("wan_memory.json")
 SIZES = {"480p": (81, 480, 832), "704p": (121, 704, 1280), "720p": (81, 720, 1280)}
 # The autoencoders of Wan2.1 and Wan2.2.
 PICTURES = ("decoder-2.1", "encoder-2.1", "decoder-2.2", "encoder-2.2")
-PARTS = ("1.3B", "14B", "text", *PICTURES)
 # Devices of a chip: JAX sees the two cores of a 7x as two devices, each with half of the memory.
 CORES = {"v5e": 1, "v6e": 1, "7x": 2}
 # GiB that the compiler has of each device.
@@ -211,7 +213,8 @@ def work(case: Case) -> None:
     fresh = RECORD.with_suffix(".new")
     fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     fresh.replace(RECORD)
-    print(f"{case.name}: {total(entry) / 2**30:.2f} GiB ({entry['seconds']} s)", flush=True)
+    size = wan_memory_report.total(entry) / 2**30
+    print(f"{case.name}: {size:.2f} GiB ({entry['seconds']} s)", flush=True)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -310,108 +313,17 @@ def _compiled(compiled: Any, dump: Path) -> tuple[dict[str, int], str]:
     return sizes, hlo
 
 
-def total(entry: dict[str, Any]) -> float:
-    """Bytes of one device in all."""
-    if not entry["fits"]:
-        return entry["needs"] * 2**30
-    return sum(entry[part] for part in ("weights", "inputs", "outputs", "temporaries"))
-
-
 def record() -> dict[str, Any]:
     """What is recorded: versions, and the entries by name."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def report() -> None:
-    """Writes the table."""
+    """Writes the tables."""
     known = record()
-    order = {case.name: number for number, case in enumerate(cases())}
-    found = sorted(
-        (entry for name, entry in known.get("cases", {}).items() if name in order),
-        key=lambda e: (
-            PARTS.index(e["part"]), e["size"], list(CORES).index(e["chip"]), e["chips"],
-            e["batch"], e["attention"],
-        ),
-    )  # fmt: skip
-    lines: dict[bool, list[list[str]]] = {False: [], True: []}
-    for e in found:
-        mesh = ", ".join(f"{axis} {n}" for axis, n in e["mesh"]) or "one device"
-        tuned = e.get("tuned", "")
-        cells = [
-            f"{e['part']} {tuned}".strip(),
-            e["size"],
-            e["chip"],
-            e["chips"],
-            mesh,
-            e["attention"],
-            e["batch"],
-        ]
-        parts = ("weights", "inputs", "outputs", "temporaries")
-        cells += [f"{e[part] / 2**30:.2f}" if part in e else "" for part in parts]
-        cells.append(f"{total(e) / 2**30:.2f}" + ("" if e["fits"] else " (does not fit)"))
-        lines[bool(tuned)].append([str(cell) for cell in cells])
-    versions = known.get("versions", {})
-    RECORD.with_suffix(".md").write_text(
-        _PAGE.format(
-            jax=versions.get("jax"),
-            libtpu=versions.get("libtpu"),
-            table=_table(lines[False]),
-            tuning=_table(lines[True]),
-        )
-    )
-
-
-_HEAD = (
-    "model", "size", "chip", "chips", "mesh", "attention", "batch", "weights", "inputs", "outputs",
-    "temporaries", "in all",
-)  # fmt: skip
-
-_PAGE = """# Memory of full-size Wan steps
-
-Made by `python -m benchmarks.wan_memory` with JAX {jax} and libtpu {libtpu}, which compile for a
-TPU that is not there. **Nothing here has run on a TPU.** GiB a device; a chip of 7x is two devices.
-
-A step is one call of the transformer: 81 frames of 832x480 (480p: 32,760 tokens) or of 1280x720
-(720p: 75,600), weights and products in bfloat16. Guidance in one call has batch 2; in two calls it
-has batch 1 and takes the memory of that. Weights are split along fsdp and context and gathered a
-layer at a time; what is gathered is among the temporaries. The compiler has 15.75 GiB of a v5e,
-31.24 of a v6e and 94.74 of each device of a 7x. "text" is the text encoder (umT5-xxl in bfloat16,
-two prompts of 512 tokens), which is freed before the transformer comes. "decoder" and "encoder" are
-those of the autoencoders of Wan2.1 and Wan2.2, in float32, a latent frame at a time, for all 81
-frames (704p: 121 frames of 1280x704); on 4 chips each holds a quarter of the columns.
-
-One device's transformer steps were compiled whole. Of meshes and autoencoders these are the sizes
-of the compiler's buffer assignment, as below: the same where both were read.
-
-{table}
-
-## Tuning
-
-A step of `vmonarch finetune` with its defaults: forward, backward (each layer is computed anew
-from what it was given), AdamW and the moving average. "lora": adapters of rank 32 on the
-self-attention, beside weights frozen in bfloat16; "full": all weights, in float32, without a moving
-average. Weights are those, with the optimizer's state, which the step overwrites; the batch is what
-goes through the model at a time, and a step may take several (`--accumulate`). The sizes are those
-of the compiler's buffer assignment; the code itself, which changes none of them, was not made.
-
-{tuning}
-"""
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Markdown; figures to the right."""
-    right = [False, False, False, True, False, False, True, True, True, True, True, True]
-    wide = [max(len(row[n]) for row in [_HEAD, *rows]) for n in range(len(_HEAD))]
-
-    def line(cells: Any) -> str:
-        padded = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(cells, wide, right, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rule = ("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(wide, right, strict=True))
-    return "\n".join([line(_HEAD), f"| {' | '.join(rule)} |", *map(line, rows)])
+    found = known.get("cases", {})
+    entries = [found[case.name] for case in cases() if case.name in found]
+    wan_memory_report.write(RECORD.with_suffix(".md"), entries, known.get("versions", {}))
 
 
 if __name__ == "__main__":
