@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -351,6 +352,10 @@ def _column(entry: Entry) -> str:
 def _moved(x: Array, there: NamedSharding, here: NamedSharding) -> Array:
     """`x` laid out as `there`; its gradient as `here`."""
     del here
+    if there.is_fully_replicated:
+        # In memory as it is stored, or XLA may turn the parameters of all layers at once, for the
+        # backward pass. It gathers what it is asked this of, so not where devices keep parts.
+        x = with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
     return jax.lax.with_sharding_constraint(x, there)
 
 
