@@ -13,18 +13,15 @@ kernel of all layers, may be transposed. Writes `results/wan_gpu.json`, each fig
 `results/wan_gpu.md`.
 """
 
-import argparse
 import dataclasses
-import importlib.metadata
-import json
 import math
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from . import one_by_one
 from .cases import table
 
 RECORD = Path(__file__).parent / "results" / "wan_gpu.json"
@@ -107,13 +104,9 @@ def cases() -> list[Case]:
 
 def main(arguments: list[str] | None = None) -> int:
     """One process a case, one after another; 1 if something is wrong."""
-    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("--only", default="", help="cases whose name has these words")
-    flags.add_argument("--again", action="store_true", help="also those that are recorded")
+    flags = one_by_one.flags(__doc__)
     flags.add_argument("--check", action="store_true", help="compile and judge, write nothing")
-    flags.add_argument("--report", action="store_true", help="compile nothing")
     flags.add_argument("--run", action="store_true", help="on a GPU: check and time")
-    flags.add_argument("--worker", help=argparse.SUPPRESS)
     args = flags.parse_args(arguments)
     if args.run:
         from . import wan_gpu_run
@@ -121,16 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
         return wan_gpu_run.main()
     if args.worker:
         return work(next(case for case in cases() if case.name == args.worker), not args.check)
-    failed = []
-    for case in [] if args.report else cases():
-        if not set(args.only.split()) <= set(case.name.split()):
-            continue
-        if case.name in record().get("cases", {}) and not (args.again or args.check):
-            continue
-        command = [sys.executable, "-m", "benchmarks.wan_gpu", "--worker", case.name]
-        command += ["--check"] * args.check
-        if subprocess.run(command, cwd=Path(__file__).parent.parent).returncode:
-            failed.append(case.name)
+    known = {} if args.check else record().get("cases", {})
+    more = ["--check"] * args.check
+    failed = one_by_one.run_each("benchmarks.wan_gpu", args, cases(), known, more)
     if not args.check:
         report()
     if failed:
@@ -145,13 +131,8 @@ def work(case: Case, write: bool) -> int:
     problems = wrong(case, entry)
     seconds = round(time.monotonic() - start)
     if write:
-        known = record()
         packages = {"jax": "jax", "cuDNN": "nvidia-cudnn-cu13"}
-        known["versions"] = {k: importlib.metadata.version(name) for k, name in packages.items()}
-        known.setdefault("cases", {})[case.name] = dataclasses.asdict(case) | entry
-        fresh = RECORD.with_suffix(".new")
-        fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        fresh.replace(RECORD)
+        one_by_one.keep(RECORD, case, entry, packages)
     verdict = "FAILED: " + "; ".join(problems) if problems else "passed"
     print(f"{case.name}: {verdict}. {total(entry) / 2**30:.2f} GiB ({seconds} s)", flush=True)
     return min(len(problems), 1)
@@ -238,7 +219,7 @@ def total(entry: dict[str, Any]) -> int:
 
 def record() -> dict[str, Any]:
     """What is recorded: versions, and the entries by name."""
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return one_by_one.read(RECORD)
 
 
 def report() -> None:

@@ -9,21 +9,17 @@ comes, and the tables in `wan_memory.md` and `docs/wan.md`. A case is one call o
 encoder or a decoder, or one step of tuning.
 """
 
-import argparse
 import collections
 import dataclasses
-import importlib.metadata
-import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from . import wan_memory_report
+from . import one_by_one, wan_memory_report
 
 RECORD = Path(__file__).with_name("wan_memory.json")
 SIZES = {"480p": (81, 480, 832), "704p": (121, 704, 1280), "720p": (81, 720, 1280)}
@@ -178,25 +174,13 @@ def tuning_cases() -> list[Case]:
 
 def main(arguments: list[str] | None = None) -> None:
     """One process a case, one after another."""
-    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("--only", default="", help="cases whose name has these words")
-    flags.add_argument("--again", action="store_true", help="also those that are recorded")
-    flags.add_argument("--report", action="store_true", help="compile nothing")
-    flags.add_argument("--worker", help=argparse.SUPPRESS)
-    args = flags.parse_args(arguments)
+    args = one_by_one.flags(__doc__).parse_args(arguments)
     if args.worker:
         work(next(case for case in cases() if case.name == args.worker))
         sys.stdout.flush()
         os._exit(0)  # the compiler may still be at work
-    chosen = [case for case in cases() if set(args.only.split()) <= set(case.name.split())]
-    failed = []
-    for case in [] if args.report else chosen:
-        if case.name in record().get("cases", {}) and not args.again:
-            continue
-        command = [sys.executable, "-m", "benchmarks.wan_memory", "--worker", case.name]
-        if subprocess.run(command, cwd=Path(__file__).parent.parent).returncode:
-            failed.append(case.name)
-        report()
+    known = record().get("cases", {})
+    failed = one_by_one.run_each("benchmarks.wan_memory", args, cases(), known, after=report)
     report()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -207,12 +191,7 @@ def work(case: Case) -> None:
     start = time.monotonic()
     entry = measure(case)
     entry["seconds"] = round(time.monotonic() - start)
-    known = record()
-    known["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    known.setdefault("cases", {})[case.name] = dataclasses.asdict(case) | entry
-    fresh = RECORD.with_suffix(".new")
-    fresh.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    fresh.replace(RECORD)
+    one_by_one.keep(RECORD, case, entry, {"jax": "jax", "libtpu": "libtpu"})
     size = wan_memory_report.total(entry) / 2**30
     print(f"{case.name}: {size:.2f} GiB ({entry['seconds']} s)", flush=True)
 
@@ -315,7 +294,7 @@ def _compiled(compiled: Any, dump: Path) -> tuple[dict[str, int], str]:
 
 def record() -> dict[str, Any]:
     """What is recorded: versions, and the entries by name."""
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return one_by_one.read(RECORD)
 
 
 def report() -> None:

@@ -7,13 +7,9 @@
 Needs libtpu (`pip install -e .[aot]`), not a TPU. Writes `wan_schedule.json` and `wan_schedule.md`.
 """
 
-import argparse
 import collections
 import dataclasses
-import importlib.metadata
-import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,7 @@ from vmonarch_jax.pallas_kernels.tpu.chips import CHIPS, Chip
 
 import vmonarch_jax as vm
 
-from . import hlo, schedules
+from . import hlo, one_by_one, schedules
 from .aot import Compiled, Compiler
 
 RECORD = Path(__file__).with_name("wan_schedule.json")
@@ -90,23 +86,12 @@ def cases() -> list[Case]:
 
 def main(arguments: list[str] | None = None) -> None:
     """One process a case, one after another."""
-    flags = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    flags.add_argument("--only", default="", help="cases whose name has these words")
-    flags.add_argument("--again", action="store_true", help="also those that are recorded")
-    flags.add_argument("--report", action="store_true", help="compile nothing")
-    flags.add_argument("--worker", help=argparse.SUPPRESS)
-    args = flags.parse_args(arguments)
+    args = one_by_one.flags(__doc__).parse_args(arguments)
     if args.worker:
         work(next(case for case in cases() if case.name == args.worker))
         return
-    chosen = [case for case in cases() if set(args.only.split()) <= set(case.name.split())]
-    failed = []
-    for case in [] if args.report else chosen:
-        if case.name in record().get("cases", {}) and not args.again:
-            continue
-        command = [sys.executable, "-m", "benchmarks.wan_schedule", "--worker", case.name]
-        if subprocess.run(command, cwd=Path(__file__).parent.parent).returncode:
-            failed.append(case.name)
+    known = record().get("cases", {})
+    failed = one_by_one.run_each("benchmarks.wan_schedule", args, cases(), known)
     REPORT.write_text(report(record()))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -116,10 +101,7 @@ def work(case: Case) -> None:
     """Compiles one case and records it."""
     compiler = Compiler(case.chip)
     entry = measure(compiled(compiler, case), compiler.chip)
-    known = record()
-    known["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    known.setdefault("cases", {})[case.name] = dataclasses.asdict(case) | entry
-    RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    one_by_one.keep(RECORD, case, entry, {"jax": "jax", "libtpu": "libtpu"})
     print(f"{case.name}: {sum(entry['cycles'].values()):,} cycles", flush=True)
 
 
@@ -198,8 +180,8 @@ def kind_of(op: hlo.Operation, matmul: bool) -> str:
 
 
 def record() -> dict[str, Any]:
-    """What is recorded: versions, and the cases by name."""
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    """What is recorded: versions, and the entries by name."""
+    return one_by_one.read(RECORD)
 
 
 def seconds(entry: dict[str, Any]) -> float:

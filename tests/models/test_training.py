@@ -132,7 +132,8 @@ def test_interrupt_saves_and_the_same_call_goes_on(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
 
     other = dataclasses.replace(CONFIG, learning_rate=1.0)
-    with pytest.raises(ValueError, match=r"run.json: expected the run that is there, train.learning_rate = "):
+    message = r"run.json: expected the run that is there, train.learning_rate = "
+    with pytest.raises(ValueError, match=message):
         train(tmp_path, MODEL, other, attention=vm.Dense(), progress=False)
     with pytest.raises(ValueError, match="expected workers = 0, as this run was started, got 1"):
         train(tmp_path, MODEL, CONFIG, attention=vm.Dense(), workers=1, progress=False)

@@ -28,6 +28,11 @@ from .tune import check_run
 # in bfloat16 when a step of the 1.3B model is compiled for a TPU v5e, dense or VMonarch.
 _LAYER_BYTES = 66
 
+_TAKES_LESS = (
+    "more devices (--mesh), fewer videos at a time (--accumulate), a smaller --size or fewer "
+    "--frames take less"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class TuningPlan:
@@ -72,7 +77,7 @@ class TuningPlan:
     @property
     def fits(self) -> bool | None:
         """Whether a device has memory for a step; `None`: not known."""
-        return None if self.device.memory is None else self.peak <= self.device.memory
+        return self.device.fits(self.peak)
 
     def __str__(self) -> str:
         (clips, missing), (videos, at_a_time) = self.clips, self.batch
@@ -82,6 +87,7 @@ class TuningPlan:
         made = f"{self.settings.frames} x {width}x{height} at {self.settings.fps:g} a second"
         step = f"{_count(videos, 'video')}, {at_a_time} at a time"
         less = f"{dense / total:.2f} times fewer than under dense attention"
+        limit = self.device.limit_text(self.peak, _TAKES_LESS)
         lines = [
             self.model,
             f"data: {_count(clips, 'video')} of {made}, {missing} of them to be encoded first",
@@ -94,7 +100,7 @@ class TuningPlan:
                 for part, n in self.encoders.items()
             ),
             *(f"memory of {what}: {bytes_text(n)}" for what, n in self.memory.items()),
-            f"memory of a device in all: about {bytes_text(self.peak)}{self._against_limit()}",
+            f"memory of a device in all: about {bytes_text(self.peak)}{limit}",
             f"FLOPs of a step: about {total / 1e12:,.4g} TFLOPs in matmuls ({less})",
             f"{self.steps:,} steps: about {self.steps * total / 1e15:,.4g} PFLOPs",
         ]
@@ -105,17 +111,6 @@ class TuningPlan:
                 "that fast"
             )
         return "\n".join(lines)
-
-    def _against_limit(self) -> str:
-        if self.fits is None or self.device.memory is None:
-            return ""
-        limit = f"the {bytes_text(self.device.memory)} of a {self.device.kind}"
-        if self.fits:
-            return f", of {limit}"
-        return (
-            f", MORE THAN {limit}: more devices (--mesh), fewer videos at a time (--accumulate), a "
-            "smaller --size or fewer --frames take less"
-        )
 
 
 def make_tuning_plan(

@@ -51,6 +51,22 @@ class Device:
         peaks = (_PEAKS[kind] for kind in _PEAKS if device.device_kind.lower().startswith(kind))
         return cls(device.device_kind, memory, next(peaks, None))
 
+    def fits(self, size: int) -> bool | None:
+        """Whether it has memory for that many bytes; `None`: not known."""
+        return None if self.memory is None else size <= self.memory
+
+    def limit_text(self, size: int, takes_less: str) -> str:
+        """Its memory beside that many bytes, for a report; nothing where it is not known.
+
+        Args:
+          size: bytes.
+          takes_less: what takes less, to be said where they do not fit.
+        """
+        if self.memory is None:
+            return ""
+        limit = f"the {bytes_text(self.memory)} of a {self.kind}"
+        return f", of {limit}" if self.fits(size) else f", MORE THAN {limit}: {takes_less}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -93,7 +109,7 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether a device has memory for the largest phase; `None`: not known."""
-        return None if self.device.memory is None else self.peak <= self.device.memory
+        return self.device.fits(self.peak)
 
     @property
     def seconds(self) -> float | None:
@@ -132,7 +148,9 @@ class Plan:
             lines.append(
                 f"attention remembers: {bytes_text(self.states)}, kept on disk for --resume"
             )
-        lines.append(f"peak memory: about {bytes_text(self.peak)}{each}{self._against_limit()}")
+        less = "more devices (--mesh), --two-calls, a smaller --size or fewer --frames take less"
+        limit = self.device.limit_text(self.peak, less)
+        lines.append(f"peak memory: about {bytes_text(self.peak)}{each}{limit}")
         total, dense = self.flops
         lines.append(
             f"denoising: {total / 1e15:.3g} PFLOPs in matmuls ({dense / total:.2f} times fewer "
@@ -148,17 +166,6 @@ class Plan:
                 f"{_time_text(self.seconds)}; no run is that fast"
             )
         return "\n".join(lines)
-
-    def _against_limit(self) -> str:
-        if self.fits is None or self.device.memory is None:
-            return ""
-        limit = f"the {bytes_text(self.device.memory)} of a {self.device.kind}"
-        if self.fits:
-            return f", of {limit}"
-        return (
-            f", MORE THAN {limit}: more devices (--mesh), --two-calls, a smaller --size or fewer "
-            "--frames take less"
-        )
 
 
 def make_plan(
