@@ -23,9 +23,9 @@ from typing import Any
 
 from . import one_by_one
 from .cases import table
+from .wan_steps import SIZES
 
 RECORD = Path(__file__).parent / "results" / "wan_gpu.json"
-SIZES = {"480p": (81, 480, 832), "720p": (81, 720, 1280)}
 ROUTES = {
     "pallas_gpu": ("pallas_gpu", "cudnn", "xla"),
     "cudnn": ("cudnn", "xla"),

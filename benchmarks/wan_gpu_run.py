@@ -27,8 +27,8 @@ import vmonarch_jax as vm
 
 from . import timing
 from .cases import table
-from .wan_gpu import ROUTES, SIZES
-from .wan_steps import METHODS, MODELS
+from .wan_gpu import ROUTES
+from .wan_steps import METHODS, MODELS, SIZES
 
 SHORT = (9, 480, 832)
 CALLS = [("dense", "cudnn"), ("dense", "pallas_gpu"), *(("vmonarch", route) for route in ROUTES)]

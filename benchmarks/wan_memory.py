@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from . import one_by_one, wan_memory_report
+from .wan_steps import SIZES
 
 RECORD = Path(__file__).with_name("wan_memory.json")
-SIZES = {"480p": (81, 480, 832), "704p": (121, 704, 1280), "720p": (81, 720, 1280)}
 # The autoencoders of Wan2.1 and Wan2.2.
 PICTURES = ("decoder-2.1", "encoder-2.1", "decoder-2.2", "encoder-2.2")
 # Devices of a chip: JAX sees the two cores of a 7x as two devices, each with half of the memory.

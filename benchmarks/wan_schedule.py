@@ -20,10 +20,10 @@ import vmonarch_jax as vm
 
 from . import hlo, one_by_one, schedules
 from .aot import Compiled, Compiler
+from .wan_steps import SIZES
 
 RECORD = Path(__file__).with_name("wan_schedule.json")
 REPORT = RECORD.with_suffix(".md")
-SIZES = {"480p": (81, 480, 832), "720p": (81, 720, 1280)}
 MODELS = {
     "1.3B": ("wan2.1-t2v-1.3B", vm.flops.WAN_1_3B),
     "14B": ("wan2.1-t2v-14B", vm.flops.WAN_14B),

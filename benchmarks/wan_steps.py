@@ -29,6 +29,8 @@ from vmonarch_jax.models.wan.vae import WanVAE
 
 import vmonarch_jax as vm
 
+# Frames, height and width in pixels.
+SIZES = {"480p": (81, 480, 832), "704p": (121, 704, 1280), "720p": (81, 720, 1280)}
 METHODS = {
     "dense": vm.Dense(),
     "vmonarch": vm.VMonarch(),
