@@ -139,7 +139,7 @@ def test_memory_is_near_what_the_compiler_takes(name):
     config = train_config(lora is None, batch_size=case["batch"])
     found = step_memory(model, config, how, vm.VideoGrid(21, 30, 52), sharding)
     compiled = case["weights"] + case["inputs"] + case["outputs"] + case["temporaries"]
-    assert sum(found.values()) == pytest.approx(compiled, rel=0.2)
+    assert sum(found.values()) == pytest.approx(compiled, rel=0.25)
 
 
 def test_dry_run_says_what_a_step_takes(places, tmp_path, capsys):
