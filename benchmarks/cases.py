@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,3 +81,15 @@ def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
 
     rule = ["-" * w for w in width[:left]] + ["-" * (w - 1) + ":" for w in width[left:]]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
+
+
+def between_marks(text: str, start: str, end: str, new: str, where: str) -> str:
+    """The text with something else between two marks, which stay; `where` it is, for the message.
+
+    Raises:
+        ValueError: if the marks are not there.
+    """
+    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"expected {start} and {end} in {where}, got neither")
+    return pattern.sub(lambda _: f"{start}\n{new}\n{end}", text)

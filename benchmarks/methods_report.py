@@ -1,13 +1,12 @@
 """The comparison of methods as a table, a picture and the README's own table."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from . import methods_tpu
-from .cases import table
+from .cases import between_marks, table
 from .methods_list import ENTRIES
 from .picture import Point, label_points
 
@@ -113,10 +112,7 @@ def in_readme(text: str, rows: list[dict[str, Any]]) -> str:
     Raises:
         ValueError: if the marks are not there.
     """
-    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"expected {START} and {END} in the README, got neither")
-    return pattern.sub(lambda _: f"{START}\n{readme_table(rows)}\n{END}", text)
+    return between_marks(text, START, END, readme_table(rows), "the README")
 
 
 def _kl(row: dict[str, Any]) -> str:

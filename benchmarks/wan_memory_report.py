@@ -1,11 +1,10 @@
 """The memory of Wan steps as tables: all that is recorded, and what a user reads."""
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import table
+from .cases import between_marks, table
 
 DOCS = Path(__file__).parent.parent / "docs" / "wan.md"
 # In the order of the tables.
@@ -143,10 +142,7 @@ def _between(text: str, what: str, new: str) -> str:
     """The text with another table between two marks."""
     start = f"<!-- {what}: made by python -m benchmarks.wan_memory -->"
     end = f"<!-- end of {what} -->"
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"expected {start} and {end} in {DOCS.name}, got neither")
-    return pattern.sub(lambda _: f"{start}\n{new}\n{end}", text)
+    return between_marks(text, start, end, new, DOCS.name)
 
 
 _HEAD = [

@@ -20,15 +20,11 @@ import vmonarch_jax as vm
 
 from . import hlo, one_by_one, schedules
 from .aot import Compiled, Compiler
-from .wan_steps import SIZES
+from .wan_steps import METHODS, MODELS, SIZES, denoising
 
 RECORD = Path(__file__).with_name("wan_schedule.json")
 REPORT = RECORD.with_suffix(".md")
-MODELS = {
-    "1.3B": ("wan2.1-t2v-1.3B", vm.flops.WAN_1_3B),
-    "14B": ("wan2.1-t2v-14B", vm.flops.WAN_14B),
-}
-METHODS = {"dense": vm.Dense(), "vmonarch": vm.VMonarch()}
+SHAPES = {"1.3B": vm.flops.WAN_1_3B, "14B": vm.flops.WAN_14B}
 # Of one TensorCore in bfloat16: rows and columns of its matrix units, times two.
 FLOPS_A_CYCLE = {"v5e": 2**17, "v6e": 2**19, "7x": 2**19}
 # A number that no loop inside a block has: what turns that often is the loop over the layers.
@@ -108,31 +104,14 @@ def work(case: Case) -> None:
 def compiled(compiler: Compiler, case: Case) -> Compiled:
     """The forward pass with few layers of full size."""
     import jax
-    import jax.numpy as jnp
-    from flax import nnx
-    from vmonarch_jax.models.params import split_params
-    from vmonarch_jax.models.wan import presets
-    from vmonarch_jax.models.wan.transformer import WanTransformer
+    from vmonarch_jax.models.wan.sharding import Sharding, make_mesh
     from vmonarch_jax.pallas_kernels.tpu.mode import without_slow_path
 
-    wan = presets.MODELS[MODELS[case.model][0]]
-    config = dataclasses.replace(wan.transformer, dtype="bfloat16", layers=LAYERS)
-    model = nnx.eval_shape(
-        lambda: WanTransformer(config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
-    )
-    rebuild, params = split_params(model)
-    latents = (case.batch, *wan.vae.latent_size(*SIZES[case.size]), config.in_channels)
-    inputs = (
-        jax.ShapeDtypeStruct(latents, jnp.float32),
-        jax.ShapeDtypeStruct((case.batch,), jnp.float32),
-        jax.ShapeDtypeStruct((case.batch, config.text_length, config.text_dim), jnp.bfloat16),
-    )
-
-    def forward(params: Any, latents: Any, time: Any, text: Any) -> Any:
-        return rebuild(params)(latents, time, text, attention=METHODS[case.attention])
-
+    here = Sharding(make_mesh(devices=jax.devices()[:1]))  # the compiler puts it where it compiles
+    size = SIZES[case.size]
+    step = denoising(case.model, size, case.batch, case.attention, here, LAYERS)
     with without_slow_path():
-        return compiler(forward, params, *inputs)
+        return compiler(step.function, step.params, *step.inputs)
 
 
 def measure(result: Compiled, chip: Chip) -> dict[str, Any]:
@@ -186,7 +165,7 @@ def record() -> dict[str, Any]:
 
 def seconds(entry: dict[str, Any]) -> float:
     """One forward pass of one video on one TensorCore, all layers."""
-    layers = MODELS[entry["model"]][1].layers
+    layers = SHAPES[entry["model"]].layers
     cycles = sum(entry["cycles"].values()) * layers + entry["once"]
     return cycles / CHIPS[entry["chip"]].clock / entry["batch"]
 
@@ -195,9 +174,9 @@ def of_peak(entry: dict[str, Any]) -> float:
     """Share of the peak rate at which a block's matmul FLOPs are done."""
     from vmonarch_jax.models.wan import presets
 
-    wan = presets.MODELS[MODELS[entry["model"]][0]]
+    wan = presets.MODELS[MODELS[entry["model"]]]
     grid = wan.transformer.grid_of(*wan.vae.latent_size(*SIZES[entry["size"]]))
-    shape = dataclasses.replace(MODELS[entry["model"]][1], layers=1)
+    shape = dataclasses.replace(SHAPES[entry["model"]], layers=1)
     flops = vm.flops.transformer(shape, METHODS[entry["attention"]], grid) * entry["batch"]
     return flops / (sum(entry["cycles"].values()) * FLOPS_A_CYCLE[entry["chip"]])
 

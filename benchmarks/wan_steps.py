@@ -69,14 +69,20 @@ class Step:
 
 
 def denoising(
-    part: str, video: tuple[int, int, int], batch: int, attention: str, sharding: Sharding
+    part: str,
+    video: tuple[int, int, int],
+    batch: int,
+    attention: str,
+    sharding: Sharding,
+    layers: int | None = None,
 ) -> Step:
     """One call of a transformer; weights, products and text states in bfloat16.
 
-    Under "salad" every layer has its linear branch.
+    Under "salad" every layer has its linear branch. With `layers` it has so many, not all of them.
     """
     wan = presets.MODELS[MODELS[part]]
     config = dataclasses.replace(wan.transformer, dtype="bfloat16")
+    config = dataclasses.replace(config, layers=layers or config.layers)
     if attention == "salad":
         config = with_linear_layers(config, range(config.layers))
     rebuild, params = _abstract(
